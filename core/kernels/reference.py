@@ -1,0 +1,51 @@
+"""Pure-torch N:M selection: the path that runs everywhere, and the contract every other kernel is tested against.
+
+Along `axis`, entries ``g * m`` to ``g * m + m - 1`` form group ``g``. Exactly ``n`` of each group survive: the
+largest magnitudes, the lowest index first among equals, NaN (all NaNs equal) above infinity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+PAIRWISE_LIMIT = 8
+"""Up to this M, comparing all pairs beats sorting."""
+
+
+def magnitude_key(w: Tensor) -> Tensor:
+    """Integers that order like |w|, with every NaN one above infinity. Same shape as `w`."""
+    integer = _INTEGER[w.element_size()]
+    infinity = torch.full((), torch.inf, dtype=w.dtype, device=w.device).view(integer)
+    return (w.detach().view(integer) & torch.iinfo(integer).max).clamp_(max=infinity + 1)
+
+
+def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """Boolean mask of the entries of `w` that survive; `w.shape[axis]` is a multiple of `m`."""
+    groups = magnitude_key(w).unflatten(axis, (-1, m))
+    inner = axis + 1
+    if m > PAIRWISE_LIMIT:
+        order = groups.argsort(dim=inner, descending=True, stable=True).narrow(inner, 0, n)
+        keep = torch.zeros(groups.shape, dtype=torch.bool, device=w.device).scatter_(inner, order, True)
+        return keep.flatten(axis, inner)
+    keys = groups.unbind(inner)
+    ranks = [torch.zeros_like(key, dtype=torch.int8) for key in keys]
+    for i in range(m):
+        for j in range(i + 1, m):
+            later_wins = keys[j] > keys[i]
+            ranks[i] += later_wins
+            ranks[j] += ~later_wins
+    return torch.stack([rank < n for rank in ranks], inner).flatten(axis, inner)
+
+
+def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """`w` with every dropped entry replaced by +0, in `w`'s own memory format."""
+    kept = torch.zeros_like(w)
+    return torch.where(nm_mask(w, n, m, axis), w, kept, out=kept)
+
+
+def add_dropped_(target: Tensor, w: Tensor, n: int, m: int, axis: int, scale: float | Tensor) -> Tensor:
+    """``target += scale * (w - keep_largest(w))``: the SR-STE term, in place, in `target`'s dtype."""
+    return target.add_((w - keep_largest(w, n, m, axis)).mul_(scale))

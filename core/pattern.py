@@ -1,0 +1,48 @@
+"""The N:M pattern: of every M consecutive weights, N are kept."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nm_sparsity.core.errors import SparsityError
+
+
+@dataclass(frozen=True, order=True)
+class NMPattern:
+    """Keep ``n`` of every ``m`` consecutive weights along the reduction dimension.
+
+    Raises:
+        SparsityError: unless 1 <= n < m.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise SparsityError(
+                f'pattern "{self.n}:{self.m}" is not N:M with 1 <= N < M; write e.g. "2:4" to keep 2 of every 4'
+            )
+
+    @classmethod
+    def parse(cls, text: str | NMPattern) -> NMPattern:
+        """``"2:4"`` -> ``NMPattern(2, 4)``; a pattern passes through.
+
+        Raises:
+            SparsityError: if the text is not two whole numbers N:M with 1 <= N < M.
+        """
+        if isinstance(text, NMPattern):
+            return text
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None:
+            raise SparsityError(f'pattern "{text}" is not of the form N:M; write e.g. "2:4" to keep 2 of every 4')
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def density(self) -> float:
+        """The fraction of weights kept, n / m."""
+        return self.n / self.m
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"

@@ -1,7 +1,7 @@
-"""The mask kernels behind one op, ``nm_sparsity::keep_largest``, which picks a backend by device.
+"""The mask kernels behind ops of the library ``nm_sparsity``, which pick a backend by device.
 
-Every backend fulfils the contract in `reference`. `w` is a dense floating-point tensor of any memory format whose
-`axis` has a size divisible by `m`; callers (`nm_sparsity.core.masks`) have checked that.
+Every backend fulfils the contract in `reference`. `w` is a dense floating-point tensor of any memory format
+whose `axis` has a size divisible by `m`; callers (`nm_sparsity.core.masks`) have checked that.
 """
 
 from __future__ import annotations
@@ -11,16 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nm_sparsity.core.kernels import reference
+from nm_sparsity.core.kernels import cpu, cuda, reference
 
 _library = torch.library.Library("nm_sparsity", "DEF")
 _library.define("keep_largest(Tensor w, int n, int m, int axis) -> Tensor")
-_library.impl("keep_largest", reference.keep_largest, "CompositeExplicitAutograd")
+_library.define("nm_mask(Tensor w, int n, int m, int axis) -> Tensor")
+for _key, _backend in {"CompositeExplicitAutograd": reference, "CPU": cpu, "CUDA": cuda}.items():
+    _library.impl("keep_largest", _backend.keep_largest, _key)
+    _library.impl("nm_mask", _backend.nm_mask, _key)
 
 
 @torch.library.register_fake("nm_sparsity::keep_largest", lib=_library)
-def _fake(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+def _fake_keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return torch.empty_like(w)
+
+
+@torch.library.register_fake("nm_sparsity::nm_mask", lib=_library)
+def _fake_nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+    return torch.empty_like(w, dtype=torch.bool)
 
 
 def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -41,10 +49,15 @@ def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
 
 def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     """Boolean mask of what `keep_largest` keeps."""
-    return reference.nm_mask(w, n, m, axis)
+    result: Tensor = torch.ops.nm_sparsity.nm_mask(w.detach(), n, m, axis)
+    return result
 
 
+@torch.no_grad()
 def add_dropped_(target: Tensor, w: Tensor, n: int, m: int, axis: int, scale: float | Tensor) -> Tensor:
     """``target += scale * (w - keep_largest(w))`` in place, without autograd; returns `target`."""
-    with torch.no_grad():
-        return reference.add_dropped_(target, w, n, m, axis, scale)
+    if target.is_cuda:
+        return cuda.add_dropped_(target, w, n, m, axis, scale)
+    if target.is_cpu and not torch.compiler.is_compiling():
+        return cpu.add_dropped_(target, w, n, m, axis, scale)
+    return reference.add_dropped_(target, w, n, m, axis, scale)

@@ -1,7 +1,7 @@
-"""Pure-torch N:M selection: the path that runs everywhere, and the contract every other kernel is tested against.
+"""Pure-torch N:M selection: the path that runs everywhere, and the contract that every kernel is tested against.
 
-Along `axis`, entries ``g * m`` to ``g * m + m - 1`` form group ``g``. Exactly ``n`` of each group survive: the
-largest magnitudes, the lowest index first among equals, NaN (all NaNs equal) above infinity.
+Along `axis`, entries ``g * m`` to ``g * m + m - 1`` form group ``g``. Exactly ``n`` of each group survive:
+the largest magnitudes, the lowest index first among equals, NaN (all NaNs equal) above infinity.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
 
 def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     """`w` with every dropped entry replaced by +0, in `w`'s own memory format."""
-    kept = torch.zeros_like(w)
-    return torch.where(nm_mask(w, n, m, axis), w, kept, out=kept)
+    out = torch.zeros_like(w)
+    return torch.where(nm_mask(w, n, m, axis), w, out, out=out)
 
 
 def add_dropped_(target: Tensor, w: Tensor, n: int, m: int, axis: int, scale: float | Tensor) -> Tensor:
-    """``target += scale * (w - keep_largest(w))``: the SR-STE term, in place, in `target`'s dtype."""
-    return target.add_((w - keep_largest(w, n, m, axis)).mul_(scale))
+    """``target += scale * (w - keep_largest(w))``: the SR-STE term, in place, in `target`'s dtype.
+
+    Where an entry is kept, nothing is added, not even if it is infinite.
+    """
+    return target.add_(torch.where(nm_mask(w, n, m, axis), 0, w).mul_(scale))

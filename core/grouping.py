@@ -1,0 +1,120 @@
+"""Which weights of a model can be N:M sparse, along which dimensions their groups lie, and why others cannot be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.pattern import NMPattern
+
+Layout = Literal["channel", "kernel"]
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, *_CONVS, *_TRANSPOSED, nn.MultiheadAttention)
+_ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def check_layout(layout: str) -> Layout:
+    """`layout` itself.
+
+    Raises:
+        SparsityError: unless it is "channel" or "kernel".
+    """
+    for known in get_args(Layout):
+        if layout == known:
+            return known
+    raise SparsityError(f'unknown layout "{layout}"; known layouts: {", ".join(get_args(Layout))}')
+
+
+@dataclass
+class Weight:
+    """One parameter of two or more dimensions, with every module that holds it (several when tied)."""
+
+    param: nn.Parameter
+    owners: list[tuple[str, nn.Module, str]]
+    """(module name, module, parameter name in it), in the model's order."""
+    obstacle: str = ""
+    """Why the weight cannot be sparse whatever the pattern; empty if it can."""
+
+    @property
+    def names(self) -> list[str]:
+        """The parameter's names in the model's state dict, one an owner."""
+        return [f"{module}.{param}" if module else param for module, _, param in self.owners]
+
+
+def weights(model: nn.Module) -> Iterator[Weight]:
+    """Every weight of `model` that is, or that a reader might expect to be, sparse; each tied parameter once."""
+    found: dict[int, Weight] = {}
+    foreign: dict[int, str] = {}
+    for module_name, module in model.named_modules():
+        sparse_names = _weight_names(module)
+        for param_name, param in module._parameters.items():
+            if param is None:
+                continue
+            lazy = isinstance(param, UninitializedParameter)
+            if not lazy and param.dim() < 2:
+                continue
+            weight = found.setdefault(id(param), Weight(param, []))
+            weight.owners.append((module_name, module, param_name))
+            if lazy:
+                weight.obstacle = "not initialised yet: run a forward pass first"
+            elif param_name not in sparse_names:
+                foreign[id(param)] = _foreign_reason(module)
+    for key, weight in found.items():
+        if key in foreign:
+            tied = len(weight.owners) > 1
+            weight.obstacle = f"tied to {foreign[key]}" if tied else foreign[key]
+        yield weight
+
+
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, nn.MultiheadAttention):
+        return _ATTENTION_WEIGHTS
+    if isinstance(module, _LAYERS):
+        return ("weight",)
+    return ()
+
+
+def _foreign_reason(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "an embedding"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return f"recurrent layer {kind}: not supported"
+    if isinstance(module, parametrize.ParametrizationList):
+        return "parametrized: the weight is computed from other parameters"
+    if isinstance(module, _LAYERS) and not isinstance(module, nn.MultiheadAttention):
+        return "weight_norm or spectral_norm: the weight is computed from other parameters"
+    if kind == "Conv1D":
+        return "Hugging Face's Conv1D stores its weight transposed: not supported"
+    return f"not a weight of a supported layer (belongs to {kind})"
+
+
+def reduction_dims(module: nn.Module, weight_dims: int, layout: Layout) -> tuple[int, ...]:
+    """The reduction dimensions of a weight with `weight_dims` dimensions of `module`, in grouping order.
+
+    Linear and attention weights are (out, in): ``(1,)``. Convolutions are (out, in/groups, *kernel): ``(1,)`` in the
+    channel layout, all but the first in the kernel layout. Transposed convolutions are (in, out/groups, *kernel):
+    ``(0,)``, or dimension 0 and the kernel's.
+    """
+    axis = 0 if isinstance(module, _TRANSPOSED) else 1
+    return (axis,) if layout == "channel" else (axis, *range(2, weight_dims))
+
+
+def reason_against(module: nn.Module, shape: tuple[int, ...], pattern: NMPattern, dims: tuple[int, ...]) -> str:
+    """Why a weight of this shape in `module` cannot have `pattern` along `dims`; empty if it can."""
+    size = math.prod(shape[d] for d in dims)
+    if isinstance(module, _TRANSPOSED):
+        # A group must not span two convolution groups, whose input channels follow each other in dimension 0.
+        size //= module.groups
+    if size % pattern.m:
+        return f"reduction size {size} is not divisible by {pattern.m}"
+    return ""

@@ -1,0 +1,89 @@
+"""What a sparse training method is, and the registry of them by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from nm_sparsity.core import masks
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.pattern import NMPattern
+
+
+@dataclass(frozen=True)
+class Method:
+    """How sparse weights are trained. Hyperparameters are the dataclass fields; the pattern is none of them.
+
+    A method is stateless: what it remembers of a weight, it keeps in ``sparse.state`` (tensors and numbers only),
+    which checkpoints carry. `w` and `grad` are local shards under FSDP2: whole rows, so groups are whole.
+    """
+
+    name: ClassVar[str]
+    trains_sparse: ClassVar[bool] = True
+
+    def weight(self, w: Tensor, sparse: SparseWeight) -> Tensor:
+        """The weight that the layer computes with: masked, straight-through in backward."""
+        return masks.keep_largest(w, sparse.pattern, sparse.dims)
+
+    def before_step(self, w: Tensor, grad: Tensor, sparse: SparseWeight, scale: float | Tensor) -> None:
+        """Change `grad` in place right before the optimizer's update.
+
+        `scale` is the loss scale that `grad` still carries (1 unless a fused optimizer unscales inside ``step``).
+        """
+
+    def after_step(self, w: Tensor, sparse: SparseWeight) -> None:
+        """Change `w` in place right after the optimizer's update."""
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The hyperparameters by name."""
+        return asdict(self)
+
+
+@dataclass
+class SparseWeight:
+    """What makes one weight sparse: its pattern, its reduction dimensions, its method, and the method's memory."""
+
+    pattern: NMPattern
+    dims: tuple[int, ...]
+    method: Method
+    state: dict[str, Any] = field(default_factory=dict)
+    lr_sum: float | Tensor = 0.0
+    """Sum of the learning rates of all optimizer steps so far: lambda * lr_sum is the strength of the decay."""
+
+
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Class decorator that makes `method` known by its ``name``."""
+    _METHODS[method.name] = method
+    return method
+
+
+def method_names() -> list[str]:
+    """The names that `make_method` accepts."""
+    return sorted(_METHODS)
+
+
+def make_method(name: str | Method, **hyperparameters: Any) -> Method:
+    """The method called `name` with the given hyperparameters; a `Method` object passes through.
+
+    Raises:
+        SparsityError: for an unknown name, an unknown hyperparameter, or a value out of range.
+    """
+    if isinstance(name, Method):
+        if hyperparameters:
+            raise SparsityError(f"give hyperparameters either in {name!r} or as keywords, not both")
+        return name
+    if name not in _METHODS:
+        raise SparsityError(f'unknown method "{name}"; known methods: {", ".join(method_names())}')
+    known = [f.name for f in fields(_METHODS[name])]
+    for key in hyperparameters:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            raise SparsityError(f'method "{name}" has no hyperparameter "{key}"; {takes}')
+    make: Callable[..., Method] = _METHODS[name]
+    return make(**hyperparameters)

@@ -1,0 +1,16 @@
+"""Dense training: the baseline that shares every path with the sparse methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nm_sparsity.core.methods.base import Method, register
+
+
+@register
+@dataclass(frozen=True)
+class Dense(Method):
+    """No layer is converted; `finalize` and `verify` run and find nothing to do."""
+
+    name = "dense"
+    trains_sparse = False

@@ -1,0 +1,40 @@
+"""Sparse-refined straight-through estimator.
+
+Zhou, Ma, Zhu, Liu, Zhang, Yuan, Sun, Li, "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch",
+ICLR 2021, arXiv 2102.04010, equation 5:
+
+    W <- W - lr * (g(W~) + lambda * (1 - E) * W),   W~ = E * W,   E the N:M mask of W
+
+The decay of the dropped weights keeps them from coming back by chance, so masks settle.
+
+Deviations: the term is added to the gradient at the optimizer step and not in backward, so that lambda keeps its
+value under loss scaling, gradient accumulation, averaging over ranks and clipping. Without any of these the two agree.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from nm_sparsity.core import masks
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.methods.base import Method, SparseWeight, register
+
+
+@register
+@dataclass(frozen=True)
+class SRSTE(Method):
+    """`decay` is lambda. Its natural scale is lambda * sum(lr): about 6 in the paper's ImageNet run, so short runs
+    need a larger lambda (see `nm_sparsity.core.decay.decay_strength`)."""
+
+    name = "sr-ste"
+    decay: float = 2e-4
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.decay) and self.decay >= 0):
+            raise SparsityError(f"decay (lambda) must be a finite number >= 0, found {self.decay}")
+
+    def before_step(self, w: Tensor, grad: Tensor, sparse: SparseWeight, scale: float | Tensor) -> None:
+        masks.add_dropped_(grad, w, sparse.pattern, sparse.dims, scale * self.decay)

@@ -1,0 +1,207 @@
+"""One call turns a model N:M sparse in place, another makes it dense again with the zeros written."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from nm_sparsity.core import decay, grouping, record
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.layers import SparseLayer, convert, revert, sparse_layers, sparse_weights
+from nm_sparsity.core.methods import Method, SparseWeight, make_method
+from nm_sparsity.core.pattern import NMPattern
+from nm_sparsity.core.report import SparsityReport, WeightReport
+from nm_sparsity.core.rules import Rules
+
+
+def sparsify(
+    model: nn.Module,
+    pattern: str | NMPattern = "2:4",
+    *,
+    method: str | Method = "sr-ste",
+    layout: str = "channel",
+    include: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+    patterns: Mapping[str, str] | None = None,
+    remainder: str = "dense",
+    **hyperparameters: Any,
+) -> SparsityReport:
+    """Make every eligible layer of `model` N:M sparse, in place: same Parameters, same state-dict names.
+
+    Args:
+        model: any module; a DistributedDataParallel is unwrapped.
+        pattern: for every layer that nothing below names, e.g. ``"2:4"``.
+        method: ``"sr-ste"``, ``"ste"``, ``"asp"``, ``"dense"`` or a `Method` object.
+        layout: ``"channel"`` (M consecutive input channels: what sparse Tensor Cores need) or ``"kernel"``
+            (M consecutive weights of a flattened filter: the paper's original).
+        include: globs of the layers to convert; default all. A glob matches a layer or any ancestor of it.
+        exclude: globs of layers that stay dense; it beats `include` and `patterns`.
+        patterns: glob -> pattern (or ``"dense"``) for layers that differ; the last match wins.
+        remainder: ``"dense"`` leaves a weight whose reduction size is not a multiple of M dense,
+            ``"error"`` raises.
+        hyperparameters: the method's, e.g. ``decay=2e-4``.
+
+    Returns:
+        A report of every weight: its pattern, or why it stays dense. ``print(report)``.
+
+    Raises:
+        SparsityError: for a malformed argument, a glob that matches nothing, a second call, or an FSDP-wrapped or
+            compiled model (convert first, then wrap).
+    """
+    model = _convertible(model)
+    chosen_method = make_method(method, **hyperparameters)
+    rules = Rules.parse(pattern, layout, include, exclude, patterns or {}, remainder)
+
+    found = list(grouping.weights(model))
+    rules.check_globs([name for weight in found for name in weight.names])
+    plan = [_plan(weight, rules, chosen_method) for weight in found]
+
+    by_module: dict[int, tuple[nn.Module, dict[str, SparseWeight]]] = {}
+    table: record.Table = {}
+    for weight, (row, sparse) in zip(found, plan, strict=True):
+        if sparse is None:
+            continue
+        table[row.name] = record.Groups(str(sparse.pattern), sparse.dims)
+        for _, module, param_name in weight.owners:
+            by_module.setdefault(id(module), (module, {}))[1][param_name] = sparse
+    for module, weights in by_module.values():
+        convert(module, weights)
+    record.attach(model, record.Record(chosen_method.name, chosen_method.hyperparameters(), rules.layout, table))
+    decay.install()
+
+    report = SparsityReport(
+        tuple(row for row, _ in plan), sum(p.numel() for p in _initialised(model)), chosen_method.name
+    )
+    if chosen_method.trains_sparse:
+        _warn(report, model)
+    return report
+
+
+def finalize(model: nn.Module) -> SparsityReport:
+    """Write the zeros into the same Parameters and give every layer its dense class back, in place.
+
+    Returns:
+        A report of every weight that is now N:M.
+
+    Raises:
+        SparsityError: if the model was never sparsified, is finalized already, or is still FSDP-wrapped.
+    """
+    model = record.unwrap(model)
+    owned = record.owned(model, "finalize")
+    rows = []
+    with torch.no_grad():
+        for name, param, sparse in sparse_weights(model):
+            if isinstance(param, DTensor):
+                raise SparsityError(
+                    f"{name} is sharded by FSDP: gather a full state dict first, load it into an unwrapped "
+                    "sparsified model, and finalize that"
+                )
+            param.copy_(sparse.method.weight(param, sparse))
+            rows.append(WeightReport(name, "", tuple(param.shape), str(sparse.pattern)))
+    decay.warn_if_weak(model)
+    for _, layer in list(sparse_layers(model)):
+        assert isinstance(layer, nn.Module)
+        revert(layer)
+    for _, module_record in owned:
+        module_record.finalized = True
+    return SparsityReport(tuple(rows), sum(p.numel() for p in model.parameters()), owned[0][1].method)
+
+
+def unsparsify(model: nn.Module) -> None:
+    """Undo `sparsify`: the dense classes come back with the dense shadow weights, in place.
+
+    Raises:
+        SparsityError: if the model was never sparsified or is finalized already.
+    """
+    model = record.unwrap(model)
+    record.owned(model, "unsparsify")
+    for _, layer in list(sparse_layers(model)):
+        assert isinstance(layer, nn.Module)
+        revert(layer)
+    record.detach(model)
+
+
+def _plan(weight: grouping.Weight, rules: Rules, method: Method) -> tuple[WeightReport, SparseWeight | None]:
+    param = weight.param
+    names = weight.names
+    shape = () if isinstance(param, nn.UninitializedParameter) else tuple(param.shape)
+    notes = [f"tied with {', '.join(names[1:])}"] if len(names) > 1 else []
+
+    def row(pattern: str, *more: str) -> WeightReport:
+        return WeightReport(
+            names[0],
+            type(weight.owners[0][1]).__name__,
+            shape,
+            pattern,
+            "; ".join(filter(None, [*more, *notes])),
+        )
+
+    choices = {rules.choose(name) for name in names}
+    wanted, why_dense = min(choices, key=lambda choice: choice[0] is not None)
+    if weight.obstacle:
+        return row("dense", weight.obstacle), None
+    if wanted is None:
+        return row("dense", why_dense), None
+    if len(choices) > 1:
+        raise SparsityError(
+            f"{' and '.join(names)} share one weight, but the globs in patterns give them different patterns; "
+            "name them alike"
+        )
+    all_dims = {grouping.reduction_dims(module, param.dim(), rules.layout) for _, module, _ in weight.owners}
+    if len(all_dims) > 1:
+        return row("dense", "tied between layers that group it along different dimensions"), None
+    dims = all_dims.pop()
+    for _, module, _ in weight.owners:
+        reason = grouping.reason_against(module, shape, wanted, dims)
+        if reason and rules.remainder == "error":
+            raise SparsityError(
+                f"{names[0]} of shape {shape} cannot be {wanted}: {reason}; exclude it, choose another pattern or "
+                'layout, or use remainder="dense"'
+            )
+        if reason:
+            return row("dense", reason), None
+    if not method.trains_sparse:
+        return row("dense", f'method "{method.name}"'), None
+    frozen = "" if param.requires_grad else "frozen: masked, not trained"
+    return row(str(wanted), frozen), SparseWeight(wanted, dims, method)
+
+
+def _convertible(model: nn.Module) -> nn.Module:
+    if type(model).__name__ == "OptimizedModule":
+        raise SparsityError("the model is compiled already: call sparsify first, then torch.compile")
+    model = record.unwrap(model)
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel" or any(
+            isinstance(p, DTensor) for p in module._parameters.values()
+        ):
+            raise SparsityError(
+                f'the model is sharded by FSDP or tensor parallelism at "{name}": call sparsify first, then wrap'
+            )
+        if isinstance(module, SparseLayer) or record.of(module) is not None:
+            where = f' (found at "{name}")' if name else ""
+            raise SparsityError(
+                f"the model was sparsified before{where}: call unsparsify(model) first to change the pattern"
+            )
+    return model
+
+
+def _initialised(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if not isinstance(p, nn.UninitializedParameter)]
+
+
+def _warn(report: SparsityReport, model: nn.Module) -> None:
+    if not report.sparse:
+        warnings.warn("sparsify converted no layer: see the notes in the report it returns", UserWarning, stacklevel=3)
+    half = [name for name, p, _ in sparse_weights(model) if p.element_size() < 4]
+    if half:
+        warnings.warn(
+            f"{half[0]} and {len(half) - 1} more sparse weights are half precision, which rounds the decay of dropped "
+            "weights away: keep fp32 weights and train under autocast",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,205 @@
+"""The fairseq tasks ``nm_translation`` and ``nm_language_modeling``: fairseq's own, with an N:M sparse Transformer.
+
+Every stock architecture goes sparse by options, without a copied model: the projections of attention and the
+feed-forward layers of encoder and decoder. Embeddings and the output projection tied to them stay dense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import logging
+import signal
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.logging import metrics
+from fairseq.tasks import register_task
+from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, frozen
+from nm_sparsity.translation import trainer
+from nm_sparsity.translation.options import add_options, sparsity_config
+
+logger = logging.getLogger(__name__)
+
+LAYERS = ("encoder.layers", "decoder.layers")
+"""What is sparse unless ``--nm-include`` says otherwise, where the model has it."""
+
+# fairseq puts its options into checkpoints as they come from the command line; torch >= 2.6 must be told they are safe.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+class SparseTask:
+    """What both tasks add to fairseq's own: a mixin in front of them."""
+
+    nm_stop = False
+    """Set on every rank at once after one of them got SIGTERM: the update is finished, saved, and training ends."""
+    _nm_terminated = False
+
+    @property
+    def nm_config(self) -> Any:
+        """The task's config, which fairseq's older tasks call ``args``."""
+        return self.cfg if self.cfg is not None else self.args  # type: ignore[attr-defined]
+
+    @classmethod
+    def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
+        """As fairseq's, after checking that the data is there."""
+        _check_data(cfg)
+        return super().setup_task(cfg, **kwargs)  # type: ignore[misc]
+
+    def build_model(self, cfg: Any, from_checkpoint: bool = False) -> torch.nn.Module:
+        """fairseq's model, sparsified in place.
+
+        Raises:
+            SparsityError: for half-precision training through copies of the weights, which the decay cannot reach.
+        """
+        if not from_checkpoint:
+            _check_precision(self.nm_config)
+        model: torch.nn.Module = super().build_model(cfg, from_checkpoint)  # type: ignore[misc]
+        config = sparsity_config(self.nm_config)
+        if not config.include:
+            names = {name for name, _ in model.named_modules()}
+            config = replace(config, include=tuple(name for name in LAYERS if name in names))
+        report = config.sparsify(model)
+        if not from_checkpoint:
+            logger.info("sparsity:\n%s", report)
+        return model
+
+    def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
+        """From here on SIGTERM ends training with a checkpoint; a second one ends it at once."""
+        super().begin_epoch(epoch, model)  # type: ignore[misc]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminate)
+
+    def _terminate(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._nm_terminated = True
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's, with word of SIGTERM among the figures that it sums over the ranks anyway."""
+        loss, sample_size, logging_output = super().train_step(*args, **kwargs)  # type: ignore[misc]
+        return loss, sample_size, {**logging_output, "nm_stop": float(self._nm_terminated)}
+
+    def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
+        """fairseq's; every rank sees the same sum here, so all stop after the same update."""
+        super().reduce_metrics(logging_outputs, criterion)  # type: ignore[misc]
+        self.nm_stop |= sum(float(output.get("nm_stop", 0)) for output in logging_outputs) > 0
+
+    def post_save(self, path: str, num_updates: int) -> None:
+        """fairseq calls this after a checkpoint and its copies are written."""
+        if self.nm_stop:
+            logger.info("stopped by SIGTERM at update %d; the same command resumes from %s", num_updates, path)
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def optimizer_step(self, optimizer: Any, model: torch.nn.Module, update_num: int) -> None:
+        """fairseq's; every ``--log-interval`` updates with the SAD of this update and its flip rate."""
+        due = (update_num + 1) % self.nm_config.log_interval == 0
+        tracker = MaskTracker(trainer.unwrap(model)) if due else None
+        super().optimizer_step(optimizer, model, update_num)  # type: ignore[misc]
+        if tracker is not None:
+            flips = tracker.update()
+            if flips.sad:
+                metrics.log_scalar("sad", flips.total_sad, priority=600, round=0)
+                metrics.log_scalar("flip_rate", flips.rate, priority=601, round=6)
+
+    def valid_step(self, sample: Any, model: torch.nn.Module, criterion: Any) -> Any:
+        """fairseq's, with each mask computed once."""
+        with frozen(model):
+            return super().valid_step(sample, model, criterion)  # type: ignore[misc]
+
+    def inference_step(self, generator: Any, models: list[torch.nn.Module], *args: Any, **kwargs: Any) -> Any:
+        """fairseq's, with each mask computed once for all decoding steps of a batch."""
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                stack.enter_context(frozen(model))
+            return super().inference_step(generator, models, *args, **kwargs)  # type: ignore[misc]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Goes into checkpoints: what tells one dictionary from another of the same size."""
+        return {**super().state_dict(), "nm_dictionaries": self._digests()}  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check and take what `state_dict` returned.
+
+        Raises:
+            CheckpointError: if the model was trained with other dictionaries.
+        """
+        there = state_dict.get("nm_dictionaries")
+        if there is not None and there != (here := self._digests()):
+            sides = [side for side in here if there.get(side) != here[side]]
+            raise CheckpointError(
+                f"the checkpoint was trained with another {' and '.join(sides)} dictionary than the one in "
+                f"{self.nm_config.data}; give the folder that it was trained on"
+            )
+        super().load_state_dict(  # type: ignore[misc]
+            {key: value for key, value in state_dict.items() if key != "nm_dictionaries"}
+        )
+
+    def _digests(self) -> dict[str, str]:
+        sides: dict[str, Dictionary] = {"source": self.source_dictionary, "target": self.target_dictionary}  # type: ignore[attr-defined]
+        return {
+            side: hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
+            for side, dictionary in sides.items()
+        }
+
+
+@register_task("nm_translation", dataclass=add_options(TranslationConfig))
+class NMTranslationTask(SparseTask, TranslationTask):
+    """fairseq's ``translation`` with an N:M sparse Transformer."""
+
+
+@register_task("nm_language_modeling", dataclass=add_options(LanguageModelingConfig))
+class NMLanguageModelingTask(SparseTask, LanguageModelingTask):
+    """fairseq's ``language_modeling`` with an N:M sparse Transformer."""
+
+
+def _check_precision(config: Any) -> None:
+    for name in ("fp16", "bf16"):
+        if getattr(config, name) and not getattr(config, f"memory_efficient_{name}"):
+            raise SparsityError(
+                f"--{name} trains a copy of the weights, where the decay of dropped weights cannot reach; use --amp "
+                f"(or --memory-efficient-{name}, which rounds the decay)"
+            )
+    if config.ddp_backend in ("fully_sharded", "slowmo"):
+        raise SparsityError(
+            f"--ddp-backend {config.ddp_backend} flattens the weights, and groups of M are lost; use pytorch_ddp or "
+            "legacy_ddp"
+        )
+
+
+def _check_data(config: Any) -> None:
+    """A clear line for what is fairseq's FileNotFoundError or failed inference of the languages."""
+    folder = Path(str(config.data).split(":")[0])
+    dictionaries = sorted(path.name for path in folder.glob("dict*.txt"))
+    if not dictionaries:
+        raise SparsityError(
+            f"{folder} holds no data for fairseq (no dict*.txt); make some with "
+            "python -m nm_sparsity.translation.prepare and give its bin folder"
+        )
+    languages = [getattr(config, f"{side}_lang", None) for side in ("source", "target")]
+    for language in filter(None, languages):
+        if f"dict.{language}.txt" not in dictionaries:
+            there = ", ".join(name.removeprefix("dict.").removesuffix(".txt") for name in dictionaries)
+            raise SparsityError(f'{folder} has no data in the language "{language}"; it has {there}')
+
+
+def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, SparsityError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        _default_hook(kind, error, trace)
+
+
+# fairseq's own commands know nothing of our errors, which are made to be read without a traceback.
+_default_hook = sys.excepthook
+sys.excepthook = _without_traceback
+trainer.install()

@@ -1,0 +1,149 @@
+"""The three places where fairseq's Trainer must know of sparsity: writing a checkpoint, resuming from it, stopping.
+
+They are replaced on the class itself, since fairseq has no hook there; runs of other tasks go fairseq's own way.
+
+Checkpoints are sparse as they stand: ``model`` holds the masked weights under fairseq's names, so that any fairseq
+loads them with the accuracy of the sparse model. Beside it, in ``extra_state``, lies what a resume needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fairseq import utils
+from fairseq.file_io import PathManager
+from fairseq.trainer import Trainer
+
+from nm_sparsity.core import CheckpointError
+from nm_sparsity.core.checkpoint import METADATA, find_parts, load, restore, save, split
+
+logger = logging.getLogger(__name__)
+
+_stock_save, _stock_load, _stock_step, _stock_copy = (
+    Trainer.save_checkpoint,
+    Trainer.load_checkpoint,
+    Trainer.train_step,
+    PathManager.copy,
+)
+EMA = "nm_sparsity_ema"
+"""Beside the averaged weights in ``extra_state``: what `METADATA` is beside the weights."""
+
+
+def install() -> None:
+    """Put the methods below in the place of fairseq's."""
+    Trainer.save_checkpoint = save_checkpoint
+    Trainer.load_checkpoint = load_checkpoint
+    Trainer.train_step = train_step
+    PathManager.copy = staticmethod(copy)
+
+
+def unwrap(model: Any) -> torch.nn.Module:
+    """The model inside fairseq's distributed wrappers."""
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    assert isinstance(model, torch.nn.Module)
+    return model
+
+
+def save_checkpoint(self: Any, filename: str, extra_state: dict[str, Any]) -> str | None:
+    """`Trainer.save_checkpoint`: masked weights, and beside them what a resume needs; written atomically."""
+    if not hasattr(self.task, "nm_config"):
+        return _stock_save(self, filename, extra_state)  # type: ignore[no-any-return]
+    if not self.should_save_checkpoint_on_current_rank:
+        return None
+    state = self.state_dict()
+    extra = {**state["extra_state"], **extra_state, "task_state": state["task_state"]}
+    state["model"], extra[METADATA] = split(self.get_model())
+    if "ema" in extra:
+        extra["ema"], extra[EMA] = split(self.ema.get_model())
+    path = os.path.abspath(filename)
+    save(path, plain(utils.move_to_cpu({**state, "extra_state": extra})))
+    logger.info("Finished saving checkpoint to %s", path)
+    return path
+
+
+def load_checkpoint(
+    self: Any, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+) -> dict[str, Any] | None:
+    """`Trainer.load_checkpoint`: also brings back the dense shadow weights and the method's memory, bit for bit.
+
+    Raises:
+        CheckpointError: for a damaged file, or one of another architecture, pattern or dictionary.
+    """
+    if not hasattr(self.task, "nm_config"):
+        return _stock_load(self, filename, reset_optimizer, *args, **kwargs)  # type: ignore[no-any-return]
+    try:
+        extra: dict[str, Any] | None = _stock_load(self, filename, reset_optimizer, *args, **kwargs)
+    except Exception:
+        if Path(filename).is_file():
+            # fairseq only says that it failed; this says at which weight.
+            restore(self.get_model(), *find_parts(load(filename), filename))
+        raise
+    if extra is None:
+        return None
+    self.task.load_state_dict(extra.pop("task_state", {}))
+    metadata, ema = extra.pop(METADATA, None), extra.pop(EMA, None)
+    if filename != self.cfg.checkpoint.finetune_from_model:
+        _restore_shadow(self.get_model(), metadata)
+        if self.cfg.ema.store_ema:
+            _restore_shadow(self.ema.get_model(), ema)
+    return extra
+
+
+def _restore_shadow(model: torch.nn.Module, metadata: Mapping[str, Any] | None) -> None:
+    if metadata is not None:
+        restore(model, model.state_dict(), metadata)
+
+
+def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`Trainer.train_step`: after SIGTERM this update is the last one; fairseq then saves and leaves."""
+    result = _stock_step(self, *args, **kwargs)
+    if getattr(self.task, "nm_stop", False):
+        self.cfg.optimization.max_update = self.get_num_updates()
+        self.cfg.dataset.disable_validation = True
+    return result
+
+
+def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
+    """`PathManager.copy`, by which fairseq makes checkpoint_last.pt: atomic, and a hard link where the disk can.
+
+    Raises:
+        CheckpointError: if the disk is full; a file that was there before stays.
+    """
+    if PathManager.path_requires_pathmanager(dst_path):
+        return bool(_stock_copy(src_path, dst_path, overwrite))
+    temporary = f"{dst_path}.tmp"
+    try:
+        Path(temporary).unlink(missing_ok=True)
+        try:
+            os.link(src_path, temporary)
+        except OSError:
+            shutil.copyfile(src_path, temporary)
+        os.replace(temporary, dst_path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise CheckpointError(f"could not write {dst_path} ({error}); the previous file is unchanged") from error
+    return True
+
+
+def plain(value: Any) -> Any:
+    """`value` without what only unsafe loading can read: options become dicts, numpy's numbers Python's."""
+    if isinstance(value, argparse.Namespace):
+        return plain(vars(value))
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if type(value) is dict:
+        return {key: plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-import zipfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from torch.distributed.tensor import DTensor
 from nm_sparsity.core import masks, record
 from nm_sparsity.core.errors import CheckpointError
 from nm_sparsity.core.layers import sparse_weights
-from nm_sparsity.core.methods import SparseWeight
 
 METADATA = "nm_sparsity"
 """The key of the second part of `split` in every checkpoint file of ours."""
@@ -65,35 +64,64 @@ def load(path: str | Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(
+            action="ignore", category=UserWarning
+        ):  # about the pickle protocol of foreign files
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if zipfile.is_zipfile(path) or "weights_only" in str(error).lower():
+        if "GLOBAL" in str(error) or "class" in str(error):
             raise CheckpointError(
                 f"{path} holds more than tensors and plain values and was not loaded, since that would run code from "
                 'it; save only a state dict, e.g. torch.save({"state_dict": model.state_dict()}, path)'
             ) from error
         raise CheckpointError(f"{path} is not a PyTorch checkpoint") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint ({_first_line(error)})") from error
+        raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint") from error
 
 
-def split(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """A checkpoint of `model` in two parts: a state dict of the masked weights under dense names, and the rest.
 
     The second part, to be stored under `METADATA`, holds the method and its memory, the table of sparse weights
     (pattern and reduction dimensions by name) and the dropped values. Both are plain containers of tensors, numbers
     and text. Under FSDP2 call it on every rank; the tensors are gathered.
+
+    Args:
+        state_dict: what to split instead of the model's own state dict, with the same names (averaged weights, say).
     """
     model = record.unwrap(model)
-    state = {name: _whole(value) for name, value in model.state_dict().items()}
-    names = _names(model)
-    dropped = {}
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    names, dropped, tied = _names(model), {}, {}
     for name, param, sparse in sparse_weights(model):
-        shadow = state[name]
+        shadow = _whole(state[name])
         dropped[name] = shadow[~masks.nm_mask(shadow, sparse.pattern, sparse.dims)]
         masked = masks.keep_largest(shadow, sparse.pattern, sparse.dims)
         state.update(dict.fromkeys(names[id(param)], masked))
-    return state, {**describe(model), "dropped": dropped, "state": sparsity_state(model)}
+        tied.update({alias: name for alias in names[id(param)] if alias != name})
+    state = {name: _whole(value) for name, value in state.items()}
+    return state, {**describe(model), "dropped": dropped, "tied": tied, "state": sparsity_state(model)}
+
+
+def merge(state_dict: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `split`: the state dict of dense shadow weights, bit for bit. Needs no model.
+
+    Raises:
+        CheckpointError: if the two parts do not belong together.
+    """
+    state = dict(state_dict)
+    for name, dropped in metadata.get("dropped", {}).items():
+        if name not in state or name not in metadata["layers"]:
+            raise CheckpointError(f"the checkpoint holds dropped values of {name}, but no such sparse weight")
+        pattern, dims = metadata["layers"][name]
+        gaps = ~masks.nm_mask(state[name], pattern, tuple(dims))
+        if int(gaps.sum()) != dropped.numel():
+            raise CheckpointError(f"{name} has {int(gaps.sum())} dropped weights, the file {dropped.numel()} values")
+        shadow = state[name].clone()
+        shadow[gaps] = dropped.to(shadow)
+        state[name] = shadow
+    for alias, name in metadata.get("tied", {}).items():
+        state[alias] = state[name]
+    return state
 
 
 def describe(model: nn.Module) -> dict[str, Any]:
@@ -121,20 +149,31 @@ def restore(model: nn.Module, state_dict: Mapping[str, Any], metadata: Mapping[s
     model = record.unwrap(model)
     state = strip_prefix(state_dict)
     _check_names_and_shapes(model, state)
-    sparse = list(sparse_weights(model))
-    if metadata and sparse:
-        _check_table(model, metadata)
-        names, dropped = _names(model), metadata.get("dropped", {})
-        for name, param, how in sparse:
-            if name in dropped:
-                shadow = _join(name, state[name], dropped[name], how)
-                state.update(dict.fromkeys(names[id(param)], shadow))
+    resuming = metadata is not None and any(True for _ in sparse_weights(model))
+    if metadata is not None and resuming:
+        check_table(model, metadata)
+        state = merge(state, metadata)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
     else:
         model.load_state_dict(state)
-    if metadata and sparse:
+    if metadata is not None and resuming:
         load_sparsity_state(model, metadata.get("state", {}))
+
+
+def check_table(model: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Compare the table of sparse weights in `metadata` with the model's.
+
+    Raises:
+        CheckpointError: naming the first weight whose pattern or reduction dimensions differ.
+    """
+    here, there = describe(model)["layers"], metadata.get("layers", {})
+    for name in sorted({*here, *there}):
+        mine, theirs = _groups(here.get(name)), _groups(there.get(name))
+        if mine != theirs:
+            raise CheckpointError(
+                f"{name} is {mine} in this model and {theirs} in the checkpoint; sparsify the model as it was trained"
+            )
 
 
 def sparsity_state(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -198,15 +237,6 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _join(name: str, kept: Tensor, dropped: Tensor, how: SparseWeight) -> Tensor:
-    gaps = ~masks.nm_mask(kept, how.pattern, how.dims)
-    if int(gaps.sum()) != dropped.numel():
-        raise CheckpointError(f"{name}: the file holds {dropped.numel()} dropped values, expected {int(gaps.sum())}")
-    shadow = kept.clone()
-    shadow[gaps] = dropped.to(shadow)
-    return shadow
-
-
 def _check_names_and_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
     own = model.state_dict()
     kind = type(model).__name__
@@ -224,16 +254,6 @@ def _check_names_and_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
             )
 
 
-def _check_table(model: nn.Module, metadata: Mapping[str, Any]) -> None:
-    here, there = describe(model)["layers"], metadata.get("layers", {})
-    for name in sorted({*here, *there}):
-        mine, theirs = _groups(here.get(name)), _groups(there.get(name))
-        if mine != theirs:
-            raise CheckpointError(
-                f"{name} is {mine} in this model and {theirs} in the checkpoint; sparsify the model as it was trained"
-            )
-
-
 def _groups(entry: Any) -> str:
     return "dense" if entry is None else f"{entry[0]} along dimensions {list(entry[1])}"
 
@@ -244,7 +264,3 @@ def _shape(value: Any) -> tuple[int, ...] | str:
 
 def _some(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]

@@ -75,6 +75,16 @@ def weights(model: nn.Module) -> Iterator[Weight]:
         yield weight
 
 
+def is_supported(module: nn.Module) -> bool:
+    """Whether `module` is of a layer type whose weight can be sparse (or a subclass of one)."""
+    return bool(_weight_names(module)) and ("weight" in module._parameters or isinstance(module, nn.MultiheadAttention))
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether `module` is a transposed convolution, whose weight has its input channels first."""
+    return isinstance(module, _TRANSPOSED)
+
+
 def _weight_names(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION_WEIGHTS
@@ -105,7 +115,7 @@ def reduction_dims(module: nn.Module, weight_dims: int, layout: Layout) -> tuple
     channel layout, all but the first in the kernel layout. Transposed convolutions are (in, out/groups, *kernel):
     ``(0,)``, or dimension 0 and the kernel's.
     """
-    axis = 0 if isinstance(module, _TRANSPOSED) else 1
+    axis = 0 if is_transposed(module) else 1
     return (axis,) if layout == "channel" else (axis, *range(2, weight_dims))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from nm_sparsity.core.pattern import NMPattern
@@ -20,7 +19,7 @@ class WeightReport:
     pattern: str
     note: str = ""
     flops: int | None = None
-    """Multiply-accumulates x 2 of one forward pass with the dense weight, if counted."""
+    """FLOPs of its product in a dense forward pass, if counted."""
 
     @property
     def sparse(self) -> bool:
@@ -49,6 +48,15 @@ class SparsityReport:
     parameters: int
     """The number of all parameters of the model, biases and norms included."""
     method: str = ""
+    flops: int | None = None
+    """FLOPs of a dense forward pass, if counted."""
+
+    @property
+    def sparse_flops(self) -> float | None:
+        """FLOPs of a forward pass without the products of dropped weights, if counted."""
+        if self.flops is None:
+            return None
+        return self.flops - sum((w.flops or 0) * (1 - w.density) for w in self.sparse)
 
     @property
     def sparse(self) -> tuple[WeightReport, ...]:
@@ -67,9 +75,10 @@ class SparsityReport:
         dropped = sum(w.size * (1 - w.density) for w in self.sparse)
         return 1 - dropped / self.parameters if self.parameters else 1.0
 
-    def with_flops(self, flops: dict[str, int]) -> SparsityReport:
-        """This report with the dense FLOPs of each weight's layer, by weight name."""
-        return replace(self, weights=tuple(replace(w, flops=flops.get(w.name)) for w in self.weights))
+    def with_flops(self, total: int, flops: dict[str, int]) -> SparsityReport:
+        """This report with the FLOPs of a dense forward pass, in total and by weight name (see `count_flops`)."""
+        weights = tuple(replace(w, flops=flops.get(w.name)) for w in self.weights)
+        return replace(self, weights=weights, flops=total)
 
     def to_json(self) -> str:
         """The report as one JSON object."""
@@ -80,19 +89,20 @@ class SparsityReport:
             "sparse_weights": sum(w.size for w in self.sparse),
             "sparse_density": self.sparse_density,
             "model_density": self.model_density,
+            "flops": self.flops,
+            "sparse_flops": self.sparse_flops,
         }
         return json.dumps({"weights": rows, **totals}, indent=2)
 
     def __str__(self) -> str:
-        counted = any(w.flops is not None for w in self.weights)
         headers = ["layer", "type", "shape", "pattern", "density", "weights"]
-        headers += ["MFLOPs", "sparse"] if counted else []
+        headers += [] if self.flops is None else ["MFLOPs", "sparse"]
         rows = []
         for w in self.weights:
             row: list[object] = [w.name.removesuffix(".weight"), w.kind, "x".join(map(str, w.shape))]
-            row += [w.pattern, f"{w.density:.4g}", w.size]
-            if counted:
-                row += ["-" if w.flops is None else f"{f / 1e6:,.1f}" for f in _dense_and_sparse(w)]
+            row += [w.pattern, w.density, w.size]
+            if self.flops is not None:
+                row += [None, None] if w.flops is None else [w.flops / 1e6, w.flops * w.density / 1e6]
             rows.append([*row, w.note])
         return format_table([*headers, "note"], rows) + "\n" + self.summary()
 
@@ -104,14 +114,6 @@ class SparsityReport:
             + f": {sum(w.size for w in self.sparse):,} of {self.parameters:,} parameters, "
             f"density {self.sparse_density:.4g} in them, {self.model_density:.4g} in the model"
         )
-        counted = [w for w in self.weights if w.flops is not None]
-        if counted:
-            dense = sum(w.flops or 0 for w in counted)
-            sparse = sum((w.flops or 0) * w.density for w in counted)
-            text += f"\nFLOPs of a forward pass: {dense / 1e9:.3f} G dense, {sparse / 1e9:.3f} G sparse"
+        if self.flops is not None and self.sparse_flops is not None:
+            text += f"\nFLOPs of a forward pass: {self.flops / 1e9:.3f} G dense, {self.sparse_flops / 1e9:.3f} G sparse"
         return text
-
-
-def _dense_and_sparse(w: WeightReport) -> Sequence[float]:
-    flops = w.flops or 0
-    return flops, flops * w.density

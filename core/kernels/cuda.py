@@ -30,7 +30,7 @@ def _select(result: str, w: Tensor, out: Tensor, n: int, m: int, axis: int, scal
     outer, inner = layout
     groups, per_program = outer * inner, BLOCK // m
     if groups:
-        with torch.cuda.device(w.device):
+        with torch.cuda.device_of(w):
             triton_kernel.select[(-(-groups // per_program),)](
                 w,
                 out,
@@ -43,6 +43,7 @@ def _select(result: str, w: Tensor, out: Tensor, n: int, m: int, axis: int, scal
                 NAN_KEY=NAN_KEY[w.dtype],
                 RESULT=getattr(triton_kernel, result),
                 CONTIGUOUS=inner == 1,
+                SCALE_IS_POINTER=isinstance(scale, Tensor),
             )
     return True
 

@@ -86,9 +86,10 @@ def select(
     NAN_KEY: tl.constexpr,
     RESULT: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
 ):
     """RESULT goes to `out`, which lies in memory as `w` does; `scale` is a number or a pointer to one."""
-    if RESULT == ADD_DROPPED and scale.dtype.is_ptr():
+    if SCALE_IS_POINTER:
         scale = tl.load(scale).to(tl.float32)
     group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
     if CONTIGUOUS:

@@ -30,7 +30,9 @@ _treated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Gradient -> its version when the method had changed it. Optimizers that call others (ZeroRedundancyOptimizer, SAM)
 fire the hook twice for one gradient; unlike a flag, this cannot be left behind by a step that raised."""
 _unheld: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Shadow weight -> optimizer steps during which it had a gradient and no stepping optimizer held it."""
+"""Shadow weight -> optimizer steps since which it got new gradients and no stepping optimizer held it."""
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Gradient -> its version when `_unheld` counted it: a model that is not trained any more is no mistake."""
 
 
 class _Held(NamedTuple):
@@ -159,9 +161,11 @@ def _warn_unheld(held: list[_Held]) -> None:
     holds = {id(param) for param, _, _ in held}
     lost = 0
     for param, _ in _live_weights():
+        grad = param.grad
         if id(param) in holds:
             _unheld.pop(param, None)
-        elif param.grad is not None and param.requires_grad:
+        elif grad is not None and param.requires_grad and _seen.get(grad) != grad._version:
+            _seen[grad] = grad._version
             _unheld[param] = _unheld.get(param, 0) + 1
             lost += _unheld[param] == _UNHELD_STEPS
     if lost:

@@ -1,0 +1,261 @@
+"""Effective lambda equals nominal lambda under everything that touches gradients between backward and step."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nm_sparsity.core import decay_strength, finalize, nm_mask, sparsify
+from nm_sparsity.core.decay import warn_if_strength_is_weak
+
+LAMBDA, LR = 0.5, 0.25
+
+
+def make_net(method: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 4, 8), nn.ReLU(), nn.Linear(8, 4))
+    sparsify(net, "2:4", method=method, **({"decay": LAMBDA} if method == "sr-ste" else {}))
+    return net
+
+
+def loss_of(net: nn.Module, seed: int = 1) -> Tensor:
+    x = torch.randn(4, 8, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return net(x).square().mean()
+
+
+Step = Callable[[nn.Module, torch.optim.Optimizer], None]
+
+
+def effective_lambda(step: Step, make_optimizer: Any = torch.optim.SGD) -> Tensor:
+    """What one SGD step of sr-ste decays dropped weights by beyond what the same step of ste does, per weight."""
+    after = {}
+    for method in ("ste", "sr-ste"):
+        net = make_net(method)
+        before = [p.detach().clone() for p in net.parameters()]
+        step(net, make_optimizer(net.parameters(), lr=LR))
+        after[method] = list(net.parameters())
+    found = []
+    for w, ste, sr_ste in zip(before, after["ste"], after["sr-ste"], strict=True):
+        difference = (ste.detach().double() - sr_ste.detach().double()) / LR
+        if w.dim() < 2:
+            assert torch.equal(ste, sr_ste)
+            continue
+        dropped = ~nm_mask(w, "2:4")
+        assert not difference[~dropped].any(), "kept weights must not decay"
+        # Weighted over all dropped weights: single tiny ones carry rounding of the subtraction.
+        found.append((difference * w)[dropped].sum() / w[dropped].double().square().sum())
+    return torch.stack(found)
+
+
+def plain(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss_of(net).backward()
+    optimizer.step()
+
+
+def scaled(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(net)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def scaled_and_clipped(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(loss_of(net)).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def accumulated(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for seed in range(4):
+        (loss_of(net, seed) / 4).backward()
+    optimizer.step()
+
+
+def clipped(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss_of(net).backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    optimizer.step()
+
+
+def closure(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def backward() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(backward) is not None
+
+
+def closure_by_keyword(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def backward() -> Tensor:
+        loss = loss_of(net)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure=backward)  # type: ignore[call-overload]
+
+
+def after_a_failed_step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    loss_of(net).backward()
+
+    def broken() -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(broken)
+    optimizer.zero_grad()
+    plain(net, optimizer)
+
+
+def nested(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    class Outer(torch.optim.Optimizer):
+        """Calls another optimizer inside its step, as ZeroRedundancyOptimizer and SAM do."""
+
+        def __init__(self) -> None:
+            super().__init__(optimizer.param_groups, {"lr": LR})
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            optimizer.step()
+
+    loss_of(net).backward()
+    Outer().step()
+
+
+@pytest.mark.parametrize(
+    "step",
+    [plain, scaled, scaled_and_clipped, accumulated, clipped, closure, closure_by_keyword, after_a_failed_step, nested],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_effective_lambda_is_the_nominal_one(step: Step, fused: bool) -> None:
+    found = effective_lambda(step, lambda params, lr: torch.optim.SGD(params, lr=lr, fused=fused))
+    torch.testing.assert_close(found, torch.full_like(found, LAMBDA), rtol=1e-6, atol=0)
+
+
+def test_scaled_fused_adamw_equals_unscaled() -> None:
+    """AdamW preconditions the term, so compare whole runs: five steps with and without loss scaling."""
+    final = []
+    for fused, use_scaler in ((False, False), (True, True), (True, False), (False, True)):
+        net = make_net("sr-ste")
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=use_scaler)
+        for seed in range(5):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(net, seed)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        final.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    for other in final[1:]:
+        torch.testing.assert_close(other, final[0], rtol=1e-5, atol=1e-6)
+
+
+def test_lbfgs_sees_the_gradient_of_the_decayed_objective() -> None:
+    """While the masks stay, the term is the gradient of lambda/2 |(1-E) W|^2: LBFGS on that objective is the oracle."""
+    net = nn.Sequential(nn.Linear(8, 8, bias=False).double())
+    (w,) = net.parameters()
+    twin = w.detach().clone().requires_grad_()
+    dropped = ~nm_mask(w, "2:4")
+    sparsify(net, "2:4", decay=1.0)
+
+    def ours() -> Tensor:
+        w.grad = torch.zeros_like(w)
+        return w.new_zeros(())
+
+    def oracle() -> Tensor:
+        twin.grad = torch.where(dropped, twin.detach(), 0)
+        return w.new_zeros(())
+
+    for parameter, objective in ((w, ours), (twin, oracle)):
+        torch.optim.LBFGS([parameter], lr=0.5, max_iter=5).step(objective)
+    torch.testing.assert_close(w, twin, rtol=0, atol=1e-14)
+
+
+def test_a_weight_shared_by_two_layers_decays_once() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    net[1].weight = net[0].weight
+    report = sparsify(net, "2:4", decay=LAMBDA)
+    assert [w.note for w in report.weights] == ["tied with 1.weight"]
+    (w,) = net.parameters()
+    before, dropped = w.detach().clone(), ~nm_mask(w, "2:4")
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    torch.testing.assert_close(w.detach()[dropped], before[dropped] * (1 - LR * LAMBDA))
+
+
+def test_an_optimizer_built_before_sparsify_works() -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    sparsify(net, "2:4", decay=LAMBDA)
+    (w,) = net.parameters()
+    before, dropped = w.detach().clone(), ~nm_mask(w, "2:4")
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    torch.testing.assert_close(w.detach()[dropped], before[dropped] * (1 - LR * LAMBDA))
+
+
+def test_an_optimizer_that_does_not_hold_the_weights_is_reported() -> None:
+    net = make_net("sr-ste")
+    copies = [p.detach().clone().requires_grad_() for p in net.parameters()]
+    optimizer = torch.optim.SGD(copies, lr=LR)
+    with pytest.warns(UserWarning, match="3 sparse weights got gradients, but no optimizer"):
+        for _ in range(10):
+            loss_of(net).backward()
+            optimizer.step()
+
+
+def test_a_model_that_is_trained_no_more_is_not_reported() -> None:
+    done, copied = make_net("sr-ste"), make_net("sr-ste")
+    plain(done, torch.optim.SGD(done.parameters(), lr=0.01))
+    loss_of(copied).backward()
+    other = make_net("sr-ste")
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.01)
+    for _ in range(15):
+        plain(other, optimizer)
+
+
+def test_two_optimizers_that_take_turns_are_not_reported() -> None:
+    first, second = make_net("sr-ste"), make_net("sr-ste")
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (first, second)]
+    for _ in range(15):
+        for net, optimizer in zip((first, second), optimizers, strict=True):
+            loss_of(net).backward()
+            optimizer.step()
+
+
+def test_half_precision_weights_are_warned_about() -> None:
+    net = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    with pytest.warns(UserWarning, match="half precision"):
+        sparsify(net)
+
+
+def test_decay_strength_is_lambda_times_the_sum_of_learning_rates() -> None:
+    net = make_net("sr-ste")
+    assert decay_strength(net) is None
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        plain(net, optimizer)
+        schedule.step()
+    assert decay_strength(net) == pytest.approx(LAMBDA * LR * (1 + 0.5 + 0.25))
+    assert decay_strength(make_net("ste")) is None
+
+
+def test_a_decay_too_weak_to_matter_is_warned_about() -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    sparsify(net, decay=1e-4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    net(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"lambda \* sum\(lr\) is 1e-05"):
+        finalize(net)
+    with warnings.catch_warnings(action="error"):
+        warn_if_strength_is_weak(6.0)

@@ -1,0 +1,1 @@
+"""N:M sparse image classification: any torchvision classifier, trained from scratch or fine-tuned, under torchrun."""

@@ -1,0 +1,325 @@
+"""Images: three data sets, their splits, and batches whose content depends on the seed alone.
+
+What a batch holds does not depend on how many processes share the work, on loader processes, or on where a run was
+interrupted: the order of an epoch and the augmentation of each part of a batch are seeded by their position.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from nm_sparsity.classification import distributed
+from nm_sparsity.classification.configs import Config, DataConfig
+from nm_sparsity.core import SparsityError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which images to take from a data set, and the seed of their augmentation (None: none)."""
+
+    indices: list[int]
+    seed: int | None = None
+
+
+class Images(Dataset[Any]):
+    """A data set that answers a whole `Part`: images (n, 3, height, width) float32 and labels (n,) int64."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def take(self, indices: list[int], augment: bool) -> tuple[Tensor, Tensor]:
+        """The images and labels at `indices`, augmented from torch's global generator if `augment`."""
+        raise NotImplementedError
+
+    def __getitem__(self, part: Part) -> tuple[Tensor, Tensor] | SparsityError:
+        """What `take` gives, or its error as a value: raised in a loader process, it would lose its shape."""
+        try:
+            if part.seed is None:
+                return self.take(part.indices, augment=False)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(part.seed)
+                return self.take(part.indices, augment=True)
+        except SparsityError as error:
+            return error
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Train on `train`, choose on `val`, report on `test` (the same as `val` where a data set has no third part)."""
+
+    train: Images
+    val: Images
+    test: Images
+    classes: int
+
+
+def load_splits(config: DataConfig) -> Splits:
+    """The data set that `config` names.
+
+    Raises:
+        SparsityError: if it is not there (with the commands that get it) or not as it should be.
+    """
+    return {"digits": _digits, "fashion-mnist": _fashion_mnist, "imagefolder": _image_folder}[config.name](config)
+
+
+def train_batches(images: Images, config: Config, epoch: int, first_step: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """This process's share of each optimizer step of `epoch` from `first_step` on, as `config.accumulation` parts.
+
+    The last, incomplete batch of an epoch is left out.
+
+    Raises:
+        SparsityError: if a batch cannot be shared equally, or an image cannot be read.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_seed(config.seed, epoch)))
+    size = part_size(config)
+    shares = distributed.world() * config.accumulation
+    mine = range(distributed.rank(), shares, distributed.world())
+    parts = []
+    for step in range(first_step, steps_per_epoch(images, config)):
+        for k in (step * shares + share for share in mine):
+            parts.append(Part(order[k * size : (k + 1) * size].tolist(), _seed(config.seed, epoch, k)))
+    loaded = _load(images, parts, config)
+    return ([next(loaded) for _ in mine] for _ in range(first_step, steps_per_epoch(images, config)))
+
+
+def eval_batches(images: Images, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of `images`, each exactly once over all processes."""
+    mine = list(range(len(images)))[distributed.rank() :: distributed.world()]
+    size = max(part_size(config), 256)
+    return _load(images, [Part(mine[i : i + size]) for i in range(0, len(mine), size)], config)
+
+
+def steps_per_epoch(images: Images, config: Config) -> int:
+    """Optimizer steps in one pass over `images`.
+
+    Raises:
+        SparsityError: if there are fewer images than one batch.
+    """
+    if len(images) < config.batch_size:
+        raise SparsityError(f"batch_size {config.batch_size} is more than the {len(images)} training images")
+    return len(images) // config.batch_size
+
+
+def part_size(config: Config) -> int:
+    """Images that a process holds at once in training."""
+    shares = distributed.world() * config.accumulation
+    if config.batch_size % shares:
+        raise SparsityError(
+            f"batch_size {config.batch_size} cannot be shared equally by {distributed.world()} processes "
+            f"x accumulation {config.accumulation}; make it a multiple of {shares}"
+        )
+    return config.batch_size // shares
+
+
+def _load(images: Images, parts: Sequence[Part], config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    loader: Iterable[Any] = DataLoader(
+        images,
+        sampler=parts,
+        batch_size=None,
+        generator=torch.Generator(),  # its own, so that making a loader leaves the global one alone
+        num_workers=min(config.data.workers, len(parts)),
+        pin_memory=torch.cuda.is_available() and config.device != "cpu",
+    )
+    for batch in loader:
+        if isinstance(batch, SparsityError):
+            raise batch
+        yield batch[0], batch[1]
+
+
+def _seed(*position: int) -> int:
+    return int(np.random.SeedSequence(position).generate_state(1)[0])
+
+
+class SmallImages(Images):
+    """Greyscale images in memory, (n, height, width) uint8; augmented by shifts of up to `shift` pixels and flips."""
+
+    def __init__(self, images: Tensor, labels: Tensor, shift: int, flip: bool, mean: float, std: float) -> None:
+        self.images, self.labels, self.shift, self.flip, self.mean, self.std = images, labels, shift, flip, mean, std
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, indices: list[int], augment: bool) -> tuple[Tensor, Tensor]:
+        at = torch.tensor(indices)
+        images = self.images[at]
+        if augment:
+            images = self._augment(images)
+        normal = (images.float() / 255 - self.mean) / self.std
+        return normal.unsqueeze(1).repeat(1, 3, 1, 1), self.labels[at]
+
+    def _augment(self, images: Tensor) -> Tensor:
+        n, height, width = images.shape
+        top, left = torch.randint(2 * self.shift + 1, (2, n, 1))
+        rows, columns = top + torch.arange(height), left + torch.arange(width)
+        padded = F.pad(images, [self.shift] * 4)
+        shifted = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        if self.flip:
+            shifted = torch.where(torch.rand(n, 1, 1) < 0.5, shifted.flip(2), shifted)
+        return shifted
+
+
+def _digits(config: DataConfig) -> Splits:
+    """scikit-learn's embedded digits: 1,797 of 8x8 pixels, 60% to train, 20% to choose on, 20% to report on."""
+    from sklearn.datasets import load_digits
+
+    pixels, target = load_digits(return_X_y=True)
+    images = torch.from_numpy(np.asarray(pixels * 255 / 16, dtype=np.uint8).reshape(-1, 8, 8))
+    labels = torch.from_numpy(np.asarray(target, dtype=np.int64))
+    test, rest = stratified(labels.numpy(), 0.2)
+    val_of_rest, train_of_rest = stratified(labels.numpy()[rest], 0.25)
+    train, val = rest[train_of_rest], rest[val_of_rest]
+
+    def part(at: np.ndarray[Any, Any]) -> SmallImages:
+        return SmallImages(images[at], labels[at], shift=1, flip=False, mean=0.305, std=0.376)
+
+    return Splits(part(train), part(val), part(test), classes=10)
+
+
+def _fashion_mnist(config: DataConfig) -> Splits:
+    """Fashion-MNIST's IDX files: 54,000 to train on and 6,000 to choose on from its train part, 10,000 to report on."""
+
+    def read(part: str) -> tuple[Tensor, Tensor]:
+        return read_idx(_find(f"{part}-images-idx3-ubyte")), read_idx(_find(f"{part}-labels-idx1-ubyte")).long()
+
+    def _find(name: str) -> Path:
+        for root in (config.root, Path("/usr/share/datasets/fashion-mnist")):
+            if found := sorted(root.rglob(f"{name}*")):
+                return found[0]
+        raise SparsityError(
+            f"no {name} under {config.root}; one of these gets Fashion-MNIST:\n"
+            f"  mkdir -p {config.root} && (cd {config.root} && apt-get download dataset-fashion-mnist && "
+            "dpkg-deb -x dataset-fashion-mnist_*.deb .)\n"
+            f"  python -c \"import torchvision; torchvision.datasets.FashionMNIST('{config.root}', download=True)\""
+        )
+
+    images, labels = read("train")
+    val, train = stratified(labels.numpy(), 0.1)
+
+    def part(images: Tensor, labels: Tensor) -> SmallImages:
+        return SmallImages(images, labels, shift=2, flip=True, mean=0.286, std=0.353)
+
+    return Splits(part(images[train], labels[train]), part(images[val], labels[val]), part(*read("t10k")), classes=10)
+
+
+def stratified(labels: np.ndarray[Any, Any], share: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Two sets of indices, the first with `share` of each class, the second with the rest; always the same ones."""
+    from sklearn.model_selection import train_test_split
+
+    rest, held_out = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=0)
+    return np.sort(held_out), np.sort(rest)
+
+
+def read_idx(path: Path) -> Tensor:
+    """The uint8 tensor in an IDX file, gzipped or not.
+
+    Raises:
+        SparsityError: if the file is cut short or of another format.
+    """
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        zero, kind, dims = int.from_bytes(raw[:2], "big"), raw[2], raw[3]
+        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
+        if (zero, kind) != (0, 8):
+            raise ValueError("not an IDX file of bytes")
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
+    except (OSError, EOFError, ValueError, IndexError) as error:
+        raise SparsityError(f"{path} cannot be read ({error}); fetch it again") from None
+
+
+class ImageFolder(Images):
+    """Files in one folder a class, numbered as in `classes`."""
+
+    def __init__(
+        self, root: Path, classes: Sequence[str], train: Callable[..., Any], plain: Callable[..., Any]
+    ) -> None:
+        self.train, self.plain = train, plain
+        self.files: list[tuple[Path, int]] = []
+        for label, name in enumerate(classes):
+            files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+            if not files:
+                raise SparsityError(
+                    f"{root / name} holds no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it"
+                )
+            self.files += [(path, label) for path in files]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def take(self, indices: list[int], augment: bool) -> tuple[Tensor, Tensor]:
+        transform = self.train if augment else self.plain
+        images = [transform(_read_image(self.files[i][0])) for i in indices]
+        return torch.stack(images), torch.tensor([self.files[i][1] for i in indices])
+
+
+def _image_folder(config: DataConfig) -> Splits:
+    """ImageNet's layout and the paper's recipe. Its val part is what papers report on; there is no third one."""
+    folders = {part: config.root / part for part in ("train", "val")}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise SparsityError(
+                f"{folder} is not there; imagefolder wants ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.\n"
+                "For ImageNet: accept the terms at https://image-net.org/download-images, fetch ILSVRC2012's "
+                f"img_train.tar, img_val.tar and devkit_t12.tar.gz into {config.root}, and unpack them with\n"
+                f"  python -c \"from torchvision.datasets import ImageNet as I; [I('{config.root}', s) for s in "
+                "('train', 'val')]\""
+            )
+    classes = {part: sorted(p.name for p in folder.iterdir() if p.is_dir()) for part, folder in folders.items()}
+    if not classes["train"]:
+        raise SparsityError(f"{folders['train']} holds no class folders; imagefolder wants ROOT/train/CLASS/*.jpg")
+    if classes["train"] != classes["val"]:
+        only = {
+            "train": sorted(set(classes["train"]) - set(classes["val"])),
+            "val": sorted(set(classes["val"]) - set(classes["train"])),
+        }
+        found = "; ".join(f"only in {part}: {', '.join(names[:5])}" for part, names in only.items() if names)
+        raise SparsityError(
+            f"the classes of {folders['train']} and {folders['val']} differ ({found}); give both the same"
+        )
+    size = config.image_size
+    end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    normalize = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    train = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *end, pca_jitter, normalize])
+    plain = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *end, normalize])
+    sets = {part: ImageFolder(folder, classes[part], train, plain) for part, folder in folders.items()}
+    return Splits(sets["train"], sets["val"], sets["val"], len(classes["train"]))
+
+
+def _read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SparsityError(f"{path} cannot be read as an image ({error}); fetch it again or remove it") from None
+
+
+# Eigenvalues and eigenvectors (columns) of the RGB covariance of ImageNet's pixels in [0, 1], as published with
+# Krizhevsky et al.'s colour augmentation (NeurIPS 2012, section 4.1).
+PCA_VALUES = torch.tensor([0.2175, 0.0188, 0.0045])
+PCA_VECTORS = torch.tensor(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]],
+)
+
+
+def pca_jitter(image: Tensor) -> Tensor:
+    """Krizhevsky et al.'s colour jitter: ``image + P (alpha * lambda)`` with alpha ~ N(0, 0.1), one shift an image.
+
+    `image` is (3, height, width) with values in [0, 1]; values are not clamped.
+    """
+    alpha = torch.randn(3) * 0.1
+    return image + (PCA_VECTORS @ (alpha * PCA_VALUES)).view(3, 1, 1)

@@ -1,0 +1,357 @@
+"""Training: ``python -m nm_sparsity.classification.train CONFIG [overrides]``, alone or under torchrun."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from nm_sparsity.classification import distributed
+from nm_sparsity.classification.configs import Config, OptimizerConfig, difference, from_command_line
+from nm_sparsity.classification.data import eval_batches, load_splits, part_size, steps_per_epoch, train_batches
+from nm_sparsity.classification.evaluate import BEST, FINALIZED, LATEST, Accuracy, autocast, evaluate, find_checkpoint
+from nm_sparsity.classification.models import build, load_pretrained
+from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, finalize, verify
+from nm_sparsity.core.checkpoint import METADATA, describe, find_parts, load, restore, save, split
+from nm_sparsity.core.decay import warn_if_strength_is_weak
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.run import Run, read_metrics, write_json
+
+SUMMARY = "summary.json"
+"""Written last: a run folder that has it is complete."""
+
+
+def train(config: Config, progress: bool = True) -> dict[str, Any]:
+    """Train as `config` says, evaluate, finalize, verify; returns what summary.json in the run folder holds.
+
+    Raises:
+        SparsityError: for anything the user can mend; checkpoints written so far stay.
+    """
+    with distributed.processes(config.device) as device:
+        return Trainer(config, device, progress).fit()
+
+
+def learning_rates(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> list[float]:
+    """The learning rate of each optimizer step: linear warm-up, then half a cosine to zero."""
+    total, warmup = epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+    return [config.lr * factor(step) for step in range(total)]
+
+
+@dataclass
+class Position:
+    """How far a run is: the next step is number `step` of the whole run."""
+
+    step: int = 0
+    best: float = -1.0
+    """The best top-1 on the validation images so far."""
+    seconds: float = 0.0
+    flips: float = 0.0
+    """Sum of the flip rates of the steps at which masks were compared."""
+    compared: int = 0
+
+
+class Trainer:
+    """A run from its config to its summary. All that training changes is saved by `_save` and read by `_resume`."""
+
+    def __init__(self, config: Config, device: torch.device, progress: bool) -> None:
+        self.config, self.device, self.progress = config, device, progress
+        part_size(config)
+        self._check_folder()
+        self.splits = load_splits(config.data)
+        self.steps_per_epoch = steps_per_epoch(self.splits.train, config)
+        self.lr = learning_rates(config.optimizer, config.epochs, self.steps_per_epoch)
+        self.strength = config.sparsity.make_method().hyperparameters().get("decay", 0.0) * sum(self.lr)
+
+        torch.manual_seed(config.seed)
+        self.model = self._initial_model()
+        self.report = config.sparsity.sparsify(self.model)
+        self.format = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model.to(device).to(memory_format=self.format)
+        self.ema = None
+        if config.ema is not None:
+            self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.optimizer = _optimizer(self.model, config.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+        self.position = Position()
+        # Dropout differs between processes; initial weights do not.
+        torch.manual_seed(config.seed + distributed.rank())
+        if config.resume:
+            self._resume()
+        self.parallel = self.model
+        if distributed.world() > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose accuracy counts: the moving average, if there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def fit(self) -> dict[str, Any]:
+        """Train from the current position to the end, then `_finish`."""
+        config, first = self.config, self.position.step
+        with (
+            Run(config.run if distributed.rank() == 0 else None, config.to_dict(), config.seed, config.resume) as run,
+            tqdm(
+                total=len(self.lr),
+                initial=first,
+                unit="step",
+                desc=str(config.run),
+                disable=not self.progress or distributed.rank() > 0 or None,
+            ) as bar,
+        ):
+            self._say(self.report.summary())
+            if config.sparsity.method == "sr-ste":
+                self._say(f"lambda * sum(lr) of the planned {len(self.lr)} steps: {self.strength:.3g}")
+                warn_if_strength_is_weak(self.strength)
+            run.log(first, {"decay_strength_planned": self.strength, "sparse_density": self.report.sparse_density})
+            for epoch in range(first // self.steps_per_epoch, config.epochs):
+                self._epoch(epoch, run, bar)
+            return self._finish(run)
+
+    def _epoch(self, epoch: int, run: Run, bar: Any) -> None:
+        config, here = self.config, self.position
+        self.model.train()
+        batches = train_batches(self.splits.train, config, epoch, here.step - epoch * self.steps_per_epoch)
+        loss, since, steps = torch.zeros((), device=self.device), time.perf_counter(), 0
+        for parts in batches:
+            due = (here.step + 1) % config.log_every == 0
+            tracker = MaskTracker(self.model) if due and self.report.sparse else None
+            loss += self._step(parts, self.lr[here.step])
+            here.step, steps = here.step + 1, steps + 1
+            bar.update()
+            if due:
+                mean = self._finite(loss / steps)
+                values = {"epoch": here.step / self.steps_per_epoch, "loss": mean, "lr": self.lr[here.step - 1]}
+                values |= self._flips(tracker) if tracker else {}
+                seconds = time.perf_counter() - since
+                here.seconds += seconds
+                run.log(here.step, {**values, "images_per_s": steps * config.batch_size / seconds})
+                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                loss, since, steps = torch.zeros_like(loss), time.perf_counter(), 0
+            if config.checkpoint_every and here.step % config.checkpoint_every == 0:
+                self._finite(loss)
+                self._save(LATEST)
+        self._finite(loss)
+        here.seconds += time.perf_counter() - since
+        accuracy = self._evaluate(val=True)
+        run.log(here.step, {"epoch": epoch + 1, **_named("val", accuracy)})
+        self._say(f"epoch {epoch + 1}/{config.epochs}: val top-1 {accuracy.top1:.2f}%, val loss {accuracy.loss:.4f}")
+        best = accuracy.top1 > here.best
+        here.best = max(here.best, accuracy.top1)
+        self._save(LATEST, *([BEST] if best else []))
+
+    def _step(self, parts: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:
+        """One optimizer step on the mean loss over `parts`, which it returns."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for i, (images, labels) in enumerate(parts):
+            images = images.to(self.device, memory_format=self.format, non_blocking=True)
+            labels = labels.to(self.device, non_blocking=True)
+            wait = isinstance(self.parallel, DistributedDataParallel) and i < len(parts) - 1
+            with self.parallel.no_sync() if wait else nullcontext():  # type: ignore[operator]
+                with autocast(self.device, config.amp):
+                    logits = self.parallel(images)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing) / len(parts)
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        if config.optimizer.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return total
+
+    def _finite(self, loss: Tensor) -> float:
+        """The mean of `loss` over all processes.
+
+        Raises:
+            SparsityError: if it is not finite, in every process alike.
+        """
+        mean = float(distributed.total(loss.detach().clone())) / distributed.world()
+        if not math.isfinite(mean):
+            kept = self.config.run / LATEST
+            raise SparsityError(
+                f"the loss became {mean} by step {self.position.step}; "
+                + (f"{kept} holds the last good state. " if kept.is_file() else "")
+                + "Lower --optimizer.lr, set --optimizer.clip-norm 1"
+                + (", or use --amp bf16" if self.config.amp == "fp16" else "")
+            )
+        return mean
+
+    def _flips(self, tracker: MaskTracker) -> dict[str, float]:
+        flips = tracker.update()
+        self.position.flips += flips.rate
+        self.position.compared += 1
+        layers = {f"sad/{name}": sad for name, sad in flips.sad.items()}
+        rates = {f"flip_rate/{name}": rate for name, rate in flips.rates().items()}
+        return {"sad": flips.total_sad, "flip_rate": flips.rate, **layers, **rates}
+
+    def _evaluate(self, val: bool) -> Accuracy:
+        distributed.average_buffers(self.evaluated)
+        images = self.splits.val if val else self.splits.test
+        return evaluate(self.evaluated, eval_batches(images, self.config), self.device, self.config.amp)
+
+    def _finish(self, run: Run) -> dict[str, Any]:
+        """Evaluate, finalize a copy, verify it, evaluate that too; write finalized.pt and the summary."""
+        config = self.config
+        final = self._evaluate(val=False)
+        val = final if self.splits.val is self.splits.test else self._evaluate(val=True)
+        end = copy.deepcopy(self.evaluated)
+        report = finalize(end)
+        checked = verify(end)
+        again = evaluate(end, eval_batches(self.splits.test, config), self.device, config.amp)
+        # Equal on a CPU; CUDA may pick another convolution algorithm and turn a tie.
+        if abs(again.top1 - final.top1) > (0.1 if self.device.type == "cuda" else 0):
+            raise SparsityError(
+                f"finalize changed top-1 from {final.top1} to {again.top1}: please report this as a bug"
+            )
+        summary = {
+            "config": config.to_dict(),
+            **_named("test", final),
+            **_named("finalized", again),
+            **_named("val", val),
+            "sparse_weights": sum(w.size for w in self.report.sparse),
+            "sparse_density": report.sparse_density,
+            "model_density": report.model_density,
+            "verified_weights": len(checked.checked),
+            "flip_rate": self.position.flips / max(self.position.compared, 1),
+            "flips_per_weight": self.position.flips / max(self.position.compared, 1) * self.position.step,
+            "decay_strength": self.strength,
+            "steps": self.position.step,
+            "seconds": self.position.seconds,
+        }
+        if distributed.rank() == 0:
+            payload = {"state_dict": end.state_dict(), METADATA: describe(end), "config": config.to_dict()}
+            save(config.run / FINALIZED, payload)
+            write_json(config.run / SUMMARY, summary)
+        run.log(self.position.step, _named("test", final))
+        self._say(
+            f"top-1 {final.top1:.2f}%, finalized {again.top1:.2f}% on {final.images} test images; "
+            f"{len(checked.checked)} sparse weights verified; density {report.model_density:.3f}; "
+            f"wrote {config.run / FINALIZED}"
+        )
+        return summary
+
+    def _say(self, line: str) -> None:
+        if self.progress and distributed.rank() == 0:
+            tqdm.write(line)
+
+    def _initial_model(self) -> nn.Module:
+        config = self.config
+        model = build(config.model, self.splits.classes)
+        if config.pretrained:
+            load_pretrained(model, config.model, config.pretrained)
+        elif config.init_from:
+            path = find_checkpoint(config.init_from)
+            restore(model, find_parts(load(path), path)[0])
+        elif config.sparsity.method == "asp" and not config.resume:
+            raise SparsityError(
+                "asp needs a trained dense model: train one (e.g. the same recipe with --sparsity.method dense) and "
+                "give it with --init-from RUN, or use --pretrained"
+            )
+        return model
+
+    def _check_folder(self) -> None:
+        latest = self.config.run / LATEST
+        if self.config.resume and not latest.is_file():
+            raise CheckpointError(f"cannot resume: there is no {latest}; leave --resume out to start")
+        if not self.config.resume and latest.is_file() and distributed.rank() == 0:
+            raise SparsityError(
+                f"{self.config.run} holds a run already: continue it with --resume, or choose another folder with --run"
+            )
+
+    def _save(self, *names: str) -> None:
+        """Write the run's state; its ``state_dict`` is that of the evaluated model, sparse as it stands."""
+        distributed.average_buffers(self.model)
+        generators = distributed.gather(torch.get_rng_state())
+        if distributed.rank() > 0:
+            return
+        payload = {"config": self.config.to_dict()}
+        payload["state_dict"], payload[METADATA] = split(self.evaluated)
+        training: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "position": asdict(self.position),
+            "generators": generators,
+        }
+        if self.ema is not None:
+            state, metadata = split(self.model)
+            training["model"] = {"state_dict": state, METADATA: metadata, "averaged": int(self.ema.n_averaged)}
+        for name in names:
+            save(self.config.run / name, {**payload, "training": training})
+
+    def _resume(self) -> None:
+        path = self.config.run / LATEST
+        payload = load(path)
+        if not isinstance(payload, dict) or "training" not in payload:
+            raise CheckpointError(f"{path} is not a checkpoint to resume from")
+        changed = difference(Config.from_dict(payload["config"]), self.config)
+        if changed:
+            raise SparsityError(f"{path} is of a run with another config ({'; '.join(changed)}); choose another --run")
+        training = payload["training"]
+        restore(self.evaluated, payload["state_dict"], payload[METADATA])
+        if self.ema is not None:
+            restore(self.model, training["model"]["state_dict"], training["model"][METADATA])
+            self.ema.n_averaged.fill_(training["model"]["averaged"])
+        self.optimizer.load_state_dict(training["optimizer"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.position = Position(**training["position"])
+        if distributed.rank() < len(training["generators"]):
+            torch.set_rng_state(training["generators"][distributed.rank()])
+        if distributed.rank() == 0:
+            _forget_after(self.config.run, self.position.step)
+
+
+def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    if config.name == "adamw":
+        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+    )
+
+
+def _named(prefix: str, accuracy: Accuracy) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in asdict(accuracy).items()}
+
+
+def _forget_after(run: Path, step: int) -> None:
+    """Drop the metrics that an interrupted run wrote after its last checkpoint."""
+    kept = [line for line in read_metrics(run) if line["step"] <= step]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    given = sys.argv[1:] if arguments is None else arguments
+    config = from_command_line(given, "python -m nm_sparsity.classification.train")
+    train(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from nm_sparsity.classification import configs, train
+from nm_sparsity.classification.configs import RECIPES, Config, OptimizerConfig
+from nm_sparsity.classification.models import build
+from nm_sparsity.classification.train import learning_rates
+from nm_sparsity.core import SparsityError
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_what_its_name_says(name: str) -> None:
+    config = configs.get(name)
+    with torch.device("meta"):
+        model = build(config.model, 1000 if name.startswith("resnet") else 10)
+    report = config.sparsity.sparsify(model)
+    if pattern := re.search(r"(\d+)by(\d+)", name):
+        assert {w.pattern for w in report.sparse} == {f"{pattern[1]}:{pattern[2]}"}
+        dense = [w.name for w in report.weights if not w.sparse]
+        assert dense == ["conv1.weight", "fc.weight"]
+    else:
+        assert not report.sparse
+    assert config.run.name == name
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("pattern", ["dense", "2by4", "4by8", "1by4", "2by8", "1by16"])
+def test_imagenet_recipes_are_the_papers(model: str, pattern: str) -> None:
+    config = configs.get(f"{model}_{pattern}")
+    assert (config.model, config.epochs, config.batch_size, config.data.image_size) == (model, 120, 256, 224)
+    assert config.optimizer == OptimizerConfig("sgd", lr=0.1, momentum=0.9, weight_decay=5e-5, warmup_epochs=5)
+    assert config.sparsity.layout == "channel"
+    if pattern != "dense":
+        assert (config.sparsity.method, config.sparsity.decay) == ("sr-ste", 2e-4)
+
+
+def test_the_papers_lambda_has_strength_six() -> None:
+    steps = 1_281_167 // 256
+    assert 2e-4 * sum(learning_rates(configs.get("resnet50_2by4").optimizer, 120, steps)) == pytest.approx(6, rel=0.01)
+
+
+def test_learning_rates_warm_up_linearly_and_fall_along_a_cosine() -> None:
+    lr = learning_rates(OptimizerConfig(lr=0.4, warmup_epochs=2), epochs=10, steps_per_epoch=5)
+    assert len(lr) == 50
+    assert lr[:10] == pytest.approx([0.04 * (i + 1) for i in range(10)])
+    assert lr[10] == pytest.approx(0.4)
+    assert lr[30] == pytest.approx(0.2)
+    assert lr[40] == pytest.approx(0.4 * math.cos(0.375 * math.pi) ** 2)
+    assert 0 < lr[49] < 0.4 * 0.002
+
+
+def test_an_unknown_config_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["resnet50_3by4"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: unknown config "resnet50_3by4"; known configs: ')
+    assert all(name in error for name in RECIPES)
+
+
+def test_print_config_shows_the_overridden_tree(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["--sparsity.pattern", "1:8", "--optimizer.lr", "0.3", "--sparsity.exclude", "fc", "conv1", "--ema", "0.9"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(["digits_2by4", "--print-config", *overrides])
+    assert stop.value.code == 0
+    config = Config.from_dict(json.loads(capsys.readouterr().out))
+    assert (config.sparsity.pattern, config.optimizer.lr, config.ema) == ("1:8", 0.3, 0.9)
+    assert config.sparsity.exclude == ("fc", "conv1")
+    assert config.epochs == configs.get("digits_2by4").epochs
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("--optimizer.lr=-1", "optimizer.lr must be above 0, found -1.0"),
+        ("--optimizer.lr=nan", "optimizer.lr"),
+        ("--optimizer.lr=fast", "optimizer.lr"),
+        ("--optimizer.momentum=1", "optimizer.momentum"),
+        ("--optimizer.weight-decay=-0.1", "optimizer.weight_decay"),
+        ("--optimizer.warmup-epochs=20", "optimizer.warmup_epochs must be below epochs = 20"),
+        ("--optimizer.clip-norm=0", "optimizer.clip_norm"),
+        ("--optimizer.name=lion", "optimizer.name"),
+        ("--epochs=0", "epochs must be at least 1"),
+        ("--batch-size=0", "batch_size"),
+        ("--accumulation=0", "accumulation"),
+        ("--label-smoothing=1", "label_smoothing"),
+        ("--ema=1", "ema"),
+        ("--seed=-1", "seed"),
+        ("--log-every=0", "log_every"),
+        ("--checkpoint-every=-1", "checkpoint_every"),
+        ("--data.image-size=4", "data.image_size"),
+        ("--data.workers=-1", "data.workers"),
+        ("--data.name=cifar", "data.name"),
+        ("--amp=fp8", "amp"),
+        ("--sparsity.pattern=4:2", '"4:2"'),
+        ("--sparsity.pattern=0:4", '"0:4"'),
+        ("--sparsity.pattern=2-4", '"2-4"'),
+        ("--sparsity.method=magic", '"magic"'),
+        ("--sparsity.decay=-1", "decay"),
+        ("--sparsity.layout=row", "row"),
+        ("--no-such-field=1", "--no-such-field"),
+    ],
+)
+def test_overrides_out_of_range_are_named(override: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["digits_2by4", override])
+    assert stop.value.code == 2
+    # The box around the message wraps its lines.
+    error = re.sub(r"[\s│]+", " ", capsys.readouterr().err)
+    assert named in error
+    assert "Traceback" not in error
+
+
+def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    assert stop.value.code == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in RECIPES)
+
+
+def test_a_config_file_of_another_version_is_refused() -> None:
+    tree = {**configs.get("digits_2by4").to_dict(), "mixup": 0.2}
+    with pytest.raises(SparsityError, match="Config has no field mixup; it has accumulation"):
+        Config.from_dict(tree)

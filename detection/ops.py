@@ -115,6 +115,11 @@ def get_compiler_version() -> str:
     return "none (torchvision's operators stand in)"
 
 
+def get_compiling_cuda_version() -> str:
+    """What mmcv's environment report prints for its CUDA compiler."""
+    return get_compiler_version()
+
+
 class _StandIn(ModuleType):
     """``mmcv._ext`` with this module's operators; every other one raises when called, since mmcv.ops binds them all."""
 
@@ -140,15 +145,16 @@ def install() -> bool:
         module = _StandIn(name)
         module.__spec__ = ModuleSpec(name, None)
         module.__file__ = __file__
-        for operator in (
+        operators: list[Callable[..., Any]] = [
             nms,
             roi_align_forward,
             roi_align_backward,
             sigmoid_focal_loss_forward,
             sigmoid_focal_loss_backward,
             get_compiler_version,
-        ):
+            get_compiling_cuda_version,
+        ]
+        for operator in operators:
             setattr(module, operator.__name__, operator)
-        module.get_compiling_cuda_version = get_compiler_version
         sys.modules[name] = mmcv._ext = module
     return isinstance(sys.modules.get(name), _StandIn)

@@ -46,9 +46,7 @@ def test_nms_equals_the_greedy_reference(seed: int, count: int, offset: int) -> 
     assert kept.tolist() == reference_nms(boxes, scores, 0.5, offset)
 
 
-def reference_roi_align(
-    features: Tensor, roi: Tensor, size: int, scale: float, samples: int, aligned: bool
-) -> Tensor:
+def reference_roi_align(features: Tensor, roi: Tensor, size: int, scale: float, samples: int, aligned: bool) -> Tensor:
     """One box by its definition: the mean of bilinear samples on a regular grid in each bin."""
     image, shift = int(roi[0]), 0.5 if aligned else 0.0
     x1, y1, x2, y2 = (roi[1:] * scale - shift).tolist()
@@ -73,7 +71,8 @@ def reference_roi_align(
         for j in range(size):
             points = [
                 bilinear(
-                    y1 + height / size * (i + (a + 0.5) / samples), x1 + width / size * (j + (b + 0.5) / samples)
+                    y1 + height / size * (i + (a + 0.5) / samples),
+                    x1 + width / size * (j + (b + 0.5) / samples),
                 )
                 for a in range(samples)
                 for b in range(samples)
@@ -115,9 +114,7 @@ def test_focal_loss_equals_its_formula_and_gradient(weighted: bool) -> None:
         return mmcv_ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, weight, "sum")
 
     p, positive = logits.sigmoid(), torch.nn.functional.one_hot(labels, 4)[:, :3].bool()
-    expected = torch.where(
-        positive, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
-    )
+    expected = torch.where(positive, -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log())
     if weight is not None:
         expected = expected * weight[labels][:, None]
     torch.testing.assert_close(loss(logits), expected.sum())

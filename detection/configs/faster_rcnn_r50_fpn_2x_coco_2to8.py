@@ -1,0 +1,5 @@
+"""Faster R-CNN R50-FPN 2x, 2:8 sparse, from a 2:8 sparse ImageNet backbone (Zhou et al., arXiv 2102.04010)."""
+
+_base_ = ["mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py", "./sparse_2to8.py"]
+
+model = dict(backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="runs/resnet50_2to8/finalized.pth")))

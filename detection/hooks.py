@@ -1,0 +1,176 @@
+"""`NMSparseHook` makes any MMEngine training N:M sparse; MMDetection configs name it in ``custom_hooks``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop, find_latest_checkpoint
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from nm_sparsity.core import (
+    CheckpointError,
+    MaskTracker,
+    SparsityConfig,
+    SparsityError,
+    SparsityReport,
+    decay_strength,
+)
+from nm_sparsity.core.checkpoint import METADATA, load, restore, split
+from nm_sparsity.core.decay import warn_if_weak
+
+# The log history that MMEngine keeps in its checkpoints; with these known, they load without running code.
+torch.serialization.add_safe_globals(
+    [
+        HistoryBuffer,
+        HistoryBuffer.min,
+        HistoryBuffer.max,
+        HistoryBuffer.mean,
+        HistoryBuffer.current,
+    ]
+)
+
+
+@HOOKS.register_module()
+class NMSparseHook(Hook):  # type: ignore[misc]
+    """Trains the runner's model N:M sparse and writes checkpoints that are sparse as they stand.
+
+    Args:
+        interval: iterations between measurements of the flip rate; 0 is never.
+        per_layer: log the SAD of every layer too.
+        sparsity: the fields of `SparsityConfig`: pattern, method, decay, layout, include, exclude, patterns, remainder.
+
+    Raises:
+        SparsityError: for an unknown field, or one out of range.
+
+    The model is converted before training, with the weights that the dense model would start from. A runner that only
+    tests or validates is left alone: a checkpoint of ours has the sparse model's accuracy in a dense model.
+    """
+
+    # Convert before EMAHook copies the model, and see a checkpoint before EMAHook swaps its weights.
+    priority = "VERY_HIGH"
+
+    def __init__(self, interval: int = 50, per_layer: bool = False, **sparsity: Any) -> None:
+        known = [field.name for field in fields(SparsityConfig)]
+        if unknown := sorted(set(sparsity) - set(known)):
+            raise SparsityError(f"NMSparseHook has no option {', '.join(unknown)}; it takes {', '.join(known)}")
+        for name in ("include", "exclude"):
+            sparsity[name] = tuple(sparsity.get(name, ()))
+        sparsity["patterns"] = dict(sparsity.get("patterns", {}))
+        self.config = SparsityConfig(**sparsity)
+        self.interval = interval
+        self.per_layer = per_layer
+        self.report: SparsityReport | None = None
+        self._tracker: MaskTracker | None = None
+
+    def before_run(self, runner: Any) -> None:
+        """Initialise the weights as the runner would, then convert the model."""
+        if self.report is not None or not isinstance(runner._train_loop, BaseLoop):
+            return
+        if sum(isinstance(hook, NMSparseHook) for hook in runner.hooks) > 1:
+            raise SparsityError("the config holds NMSparseHook more than once; use `patterns` for layers that differ")
+        if isinstance(runner.model, FullyShardedDataParallel):
+            raise SparsityError(
+                "the model is sharded by FSDP before NMSparseHook can convert it; use MMDistributedDataParallel"
+            )
+        for path in _files_to_load(runner):
+            load(path)  # MMEngine would run the code in a pickle that it cannot load safely
+        # The runner initialises the weights only after this hook, and its init functions would miss the shadow weights.
+        runner._init_model_weights()
+        runner._init_model_weights = lambda: None  # a second call would only log a warning
+        self.report = self.config.sparsify(_unwrapped(runner))
+        print_log(f"sparse model:\n{self.report}", logger="current")
+        runner.register_hook(_SaveSparse())
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """On resume, rebuild the dense shadow weights and the method's memory."""
+        if self.report is None or not runner._resume:
+            return
+        metadata = checkpoint.get(METADATA)
+        if metadata is None:
+            print_log("resumed a checkpoint of dense training: its weights are masked from here on", logger="current")
+            return
+        model = _unwrapped(runner)
+        try:
+            restore(model, checkpoint["state_dict"], metadata)
+        except CheckpointError as error:
+            raise CheckpointError(f"cannot resume: {error}") from error
+        _replace(checkpoint["state_dict"], {name: value.clone() for name, value in model.state_dict().items()})
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Remember the masks before an optimizer step that is to be measured."""
+        if self.interval and self._tracker is None and (runner.iter + 1) % self.interval == 0:
+            self._tracker = MaskTracker(_unwrapped(runner))
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Log SAD and flip rate once the step was made (with gradient accumulation, iterations later)."""
+        if self._tracker is None or not runner.optim_wrapper.should_update():
+            return
+        flips = self._tracker.update()
+        self._tracker = None
+        scalars = {"sad": flips.total_sad, "flip_rate": flips.rate}
+        if self.per_layer:
+            scalars |= {f"sad_{name}": sad for name, sad in flips.sad.items()}
+        for name, value in scalars.items():
+            runner.message_hub.update_scalar(f"train/{name}", value)
+
+    def after_train(self, runner: Any) -> None:
+        """Say how strongly dropped weights were decayed, and warn if it was too weak to matter."""
+        model = _unwrapped(runner)
+        strength = decay_strength(model)
+        if strength is not None:
+            print_log(f"lambda * sum(lr) = {strength:.4g}", logger="current")
+        warn_if_weak(model)
+
+
+class _SaveSparse(Hook):  # type: ignore[misc]
+    """Makes what is saved sparse as it stands. Apart from `NMSparseHook` because it must come after EMAHook, which puts
+    the averaged weights into the checkpoint."""
+
+    priority = "LOWEST"
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        model = _unwrapped(runner)
+        shadow = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(checkpoint["state_dict"])
+        masked, metadata = split(model)
+        model.load_state_dict(shadow)
+        _replace(checkpoint["state_dict"], masked)
+        checkpoint[METADATA] = metadata
+
+
+def _replace(state_dict: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """New values in the same dict, on the CPU: MMEngine keeps versions of layers in an attribute of it."""
+    for name, value in values.items():
+        state_dict[name] = value.cpu()
+
+
+def _unwrapped(runner: Any) -> nn.Module:
+    model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    return model
+
+
+def _files_to_load(runner: Any) -> Iterator[str]:
+    """The local files that the runner is about to load: ``load_from``, the one to resume, pretrained parts."""
+    start = runner._load_from or (find_latest_checkpoint(runner.work_dir) if runner._resume else None)
+    for path in (start, *_pretrained(runner.cfg.get("model", {}))):
+        if path is not None and not re.match(r"[\w-]+://", path):
+            yield path
+
+
+def _pretrained(config: Any) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        if config.get("type") == "Pretrained":
+            yield config["checkpoint"]
+        config = list(config.values())
+    if isinstance(config, list | tuple):
+        for entry in config:
+            yield from _pretrained(entry)

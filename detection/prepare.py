@@ -1,0 +1,181 @@
+"""Make or check a data set: ``python -m nm_sparsity.detection.prepare {coco,composed,fashion,trees,voc} --out DIR``.
+
+All but ``coco`` write ``DIR/train``, ``DIR/val`` (most also ``DIR/test``) and ``DIR/annotations/instances_*.json``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+from PIL import Image
+
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.detection import coco, compose, voc
+
+DEEPFOREST = "deepforest==2.1.0"
+FASHION_PACKAGE = "dataset-fashion-mnist"
+FASHION_FOLDER = Path("usr/share/datasets/fashion-mnist")
+COCO_PARTS = {
+    "train2017": "http://images.cocodataset.org/zips/train2017.zip",
+    "val2017": "http://images.cocodataset.org/zips/val2017.zip",
+    "annotations/instances_train2017.json": "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+    "annotations/instances_val2017.json": "http://images.cocodataset.org/annotations/annotations_trainval2017.zip",
+}
+
+
+def prepare_coco(out: Path, decode: bool = False) -> None:
+    """Check a COCO 2017 folder (nothing is downloaded).
+
+    Args:
+        out: the folder that holds train2017, val2017 and annotations.
+        decode: decode every image too (minutes).
+    """
+    missing = [f"{out / part}  (from {url})" for part, url in COCO_PARTS.items() if not (out / part).exists()]
+    if missing:
+        raise coco.DataError("\n  ".join([f"{out} is not a COCO 2017 folder; missing:", *missing]))
+    for split in ("train2017", "val2017"):
+        _report(out / "annotations" / f"instances_{split}.json", out / split, decode)
+
+
+def composed(out: Path, train: int = 400, val: int = 100, size: int = 128, seed: int = 0) -> None:
+    """Handwritten digits on photographs with exact masks, from what scikit-learn brings along.
+
+    Args:
+        out: the folder to write.
+        train: pictures for training.
+        val: pictures for validation, and as many for test.
+        size: their width and height in pixels.
+        seed: of the drawing.
+    """
+    _compose(compose.digits(), [str(digit) for digit in range(10)], out, train, val, size, seed)
+
+
+def fashion(
+    out: Path, source: Path | None = None, train: int = 2000, val: int = 500, size: int = 160, seed: int = 0
+) -> None:
+    """Fashion-MNIST items on photographs with exact masks.
+
+    Args:
+        out: the folder to write.
+        source: a folder with Fashion-MNIST's four .gz files; without it, Debian's package is used or fetched.
+        train: pictures for training.
+        val: pictures for validation, and as many for test.
+        size: their width and height in pixels.
+        seed: of the drawing.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        items = compose.fashion(source or _debian_fashion(Path(temporary)))
+    _compose(items, compose.FASHION, out, train, val, size, seed)
+
+
+def trees(out: Path, size: int = 200) -> None:
+    """Real aerial photographs with tree boxes (DeepForest, Weinstein et al. 2020, MIT), in tiles.
+
+    Train and val are different photographs; ``test`` is two more sites. Dead trees count as trees.
+
+    Args:
+        out: the folder to write.
+        size: a tile's width and height in pixels.
+    """
+    splits = {
+        "train": ["2019_YELL_2_528000_4978000_image_crop2"],
+        "val": ["2019_YELL_2_541000_4977000_image_crop"],
+        "test": ["OSBS_029", "SOAP_061"],
+    }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _deepforest(Path(temporary))
+        for split, names in splits.items():
+            pairs = [(folder / f"{name}.png", folder / f"{name}.xml") for name in names]
+            voc.tile(pairs, out, split, "tree", size)
+            _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
+
+
+def prepare_voc(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) -> None:
+    """Any folder in PASCAL VOC's format, as COCO.
+
+    Args:
+        source: the folder that holds Annotations and JPEGImages.
+        out: the folder to write.
+        val_share: share of the images for validation where ImageSets/Main does not say.
+        seed: of that split.
+    """
+    voc.convert(source, out, val_share, seed)
+    for split in ("train", "val"):
+        _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
+
+
+def _compose(
+    items: dict[str, compose.Items], classes: Sequence[str], out: Path, train: int, val: int, size: int, seed: int
+) -> None:
+    left, right = compose.photographs()
+    smallest = min(min(picture.shape[:2]) for picture in [*left, *right])
+    if not 32 <= size <= smallest:
+        raise coco.DataError(f"--size {size}: pictures are cut from photographs, 32 to {smallest} pixels")
+    for split, of_split in items.items():
+        backgrounds, count = (left, train) if split == "train" else (right, val)
+        compose.write_split(out, split, of_split, backgrounds, classes, count, size, seed)
+        _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
+
+
+def _report(annotations: Path, images: Path, decode: bool) -> None:
+    print(f"{annotations}: {coco.check(annotations, images, decode)}")
+
+
+def _debian_fashion(temporary: Path) -> Path:
+    installed = Path("/") / FASHION_FOLDER
+    if installed.is_dir():
+        return installed
+    otherwise = (
+        "elsewhere, fetch it with torchvision.datasets.FashionMNIST(DIR, download=True) "
+        "and pass --source DIR/FashionMNIST/raw"
+    )
+    _run(
+        ["apt-get", "download", FASHION_PACKAGE],
+        temporary,
+        f"on Debian, run `apt-get update` first; {otherwise}",
+    )
+    _run(["dpkg-deb", "-x", str(next(temporary.glob("*.deb"))), "."], temporary, otherwise)
+    return temporary / FASHION_FOLDER
+
+
+def _deepforest(temporary: Path) -> Path:
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", DEEPFOREST]
+    _run(download, temporary, "the photographs lie in that package; is a package index within reach?")
+    with zipfile.ZipFile(next(temporary.glob("*.whl"))) as wheel:
+        wheel.extractall(temporary)
+    Image.MAX_IMAGE_PIXELS = None  # the photographs are large, and known
+    return temporary / "deepforest" / "data"
+
+
+def _run(command: list[str], folder: Path, advice: str) -> None:
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise coco.DataError(f"{command[0]} is not there; {advice}") from None
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise coco.DataError(f"`{' '.join(command)}` failed: {reason}\n  {advice}") from None
+
+
+@command_line
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point."""
+    names: dict[str, Callable[..., Any]] = {
+        "coco": prepare_coco,
+        "composed": composed,
+        "fashion": fashion,
+        "trees": trees,
+        "voc": prepare_voc,
+    }
+    tyro.extras.subcommand_cli_from_dict(names, args=arguments, description=__doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

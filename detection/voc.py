@@ -1,0 +1,121 @@
+"""PASCAL VOC XML to COCO's format: any VOC folder, and large photographs cut into tiles."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+
+from nm_sparsity.detection import coco
+
+MIN_VISIBLE = 0.4
+"""A box belongs to a tile that holds at least this share of its area."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """An object: pixel edges (x1, y1, x2, y2), and whether VOC calls it difficult (not counted in evaluation)."""
+
+    name: str
+    edges: tuple[float, float, float, float]
+    difficult: bool
+
+
+def read(path: Path, first_pixel: int = 1) -> tuple[str, list[Box]]:
+    """The image's file name and its boxes. VOC counts pixels from `first_pixel` 1 and includes the last.
+
+    Raises:
+        DataError: for XML that is broken or lacks a field, with the file's name.
+    """
+    try:
+        root = ElementTree.parse(path).getroot()
+        boxes = []
+        for entry in root.iter("object"):
+            x1, y1, x2, y2 = (float(_text(entry, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+            edges = (x1 - first_pixel, y1 - first_pixel, x2 - first_pixel + 1, y2 - first_pixel + 1)
+            boxes.append(Box(_text(entry, "name"), edges, entry.findtext("difficult", "0").strip() == "1"))
+        return _text(root, "filename"), boxes
+    except (ElementTree.ParseError, ValueError) as error:
+        raise coco.DataError(f"{path} is not a VOC annotation: {error}") from None
+
+
+def _text(element: ElementTree.Element, key: str) -> str:
+    text = element.findtext(key)
+    if text is None:
+        raise ValueError(f"<{element.tag}> has no <{key}>")
+    return text.strip()
+
+
+def convert(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) -> None:
+    """A VOC folder (``Annotations/*.xml``, ``JPEGImages/``) to COCO's format in `out`, ``train`` and ``val``.
+
+    ``ImageSets/Main/train.txt`` and ``val.txt`` give the split where they are; else `val_share` of the images, drawn
+    by `seed`. Difficult objects become crowd regions: evaluation ignores them, as VOC's does.
+    """
+    files = {path.stem: path for path in sorted((source / "Annotations").glob("*.xml"))}
+    if not files:
+        raise coco.DataError(
+            f"{source / 'Annotations'} holds no XML files; expected a VOC folder (Annotations, JPEGImages)"
+        )
+    read_files = {stem: read(path) for stem, path in files.items()}
+    classes = sorted({box.name for _, boxes in read_files.values() for box in boxes})
+    for split, stems in _voc_split(source, list(files), val_share, seed).items():
+        images, annotations = [], []
+        (out / split).mkdir(parents=True, exist_ok=True)
+        for number, stem in enumerate(stems, 1):
+            if stem not in read_files:
+                raise coco.DataError(f"{source}/ImageSets/Main/{split}.txt names {stem}, which has no annotation file")
+            name, boxes = read_files[stem]
+            picture = source / "JPEGImages" / name
+            if not picture.is_file():
+                raise coco.DataError(f"{files[stem]} belongs to {picture}, which is missing")
+            with Image.open(picture) as image:
+                width, height = image.size
+            shutil.copyfile(picture, out / split / name)
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
+            for box in boxes:
+                x1, y1, x2, y2 = np.clip(box.edges, 0, [width, height, width, height]).tolist()
+                entry = coco.box(number, classes.index(box.name) + 1, x1, y1, x2 - x1, y2 - y1)
+                annotations.append({**entry, "iscrowd": int(box.difficult)})
+        coco.write(out / "annotations" / f"instances_{split}.json", images, annotations, classes)
+
+
+def _voc_split(source: Path, stems: Sequence[str], val_share: float, seed: int) -> Mapping[str, Sequence[str]]:
+    lists = {split: source / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val")}
+    if all(path.is_file() for path in lists.values()):
+        return {
+            split: [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+            for split, path in lists.items()
+        }
+    shuffled = np.random.default_rng(seed).permutation(stems).tolist()
+    held_out = round(val_share * len(stems))
+    return {"train": sorted(shuffled[held_out:]), "val": sorted(shuffled[:held_out])}
+
+
+def tile(photographs: Sequence[tuple[Path, Path]], out: Path, split: str, name: str, size: int) -> None:
+    """Cut (image, XML) pairs into whole, disjoint `size` x `size` tiles; every box becomes a `name`."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    (out / split).mkdir(parents=True, exist_ok=True)
+    for picture, xml in photographs:
+        photograph = Image.open(picture).convert("RGB")
+        boxes = read(xml, first_pixel=0)[1]
+        edges = np.array([box.edges for box in boxes]).reshape(-1, 4)
+        area = (edges[:, 2:] - edges[:, :2]).prod(1)
+        for top in range(0, photograph.height - size + 1, size):
+            for left in range(0, photograph.width - size + 1, size):
+                number = len(images) + 1
+                file_name = f"{number:04d}.png"
+                photograph.crop((left, top, left + size, top + size)).save(out / split / file_name)
+                images.append({"id": number, "file_name": file_name, "width": size, "height": size})
+                inside = np.clip(edges - [left, top, left, top], 0, size)
+                extent = inside[:, 2:] - inside[:, :2]
+                for index in np.flatnonzero(extent.prod(1) >= MIN_VISIBLE * area):
+                    annotations.append(coco.box(number, 1, *inside[index, :2].tolist(), *extent[index].tolist()))
+    coco.write(out / "annotations" / f"instances_{split}.json", images, annotations, [name])

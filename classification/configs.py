@@ -120,9 +120,9 @@ class Config:
         _require(self.ema is None or 0 < self.ema < 1, "ema", "above 0 and below 1", self.ema)
         _require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32", self.seed)
         _require(
-            self.optimizer.warmup_epochs < self.epochs,
+            self.optimizer.warmup_epochs <= self.epochs,
             "optimizer.warmup_epochs",
-            f"below epochs = {self.epochs}",
+            f"at most epochs = {self.epochs}",
             self.optimizer.warmup_epochs,
         )
         _require(

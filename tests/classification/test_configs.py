@@ -81,7 +81,7 @@ def test_print_config_shows_the_overridden_tree(capsys: pytest.CaptureFixture[st
         ("--optimizer.lr=fast", "optimizer.lr"),
         ("--optimizer.momentum=1", "optimizer.momentum"),
         ("--optimizer.weight-decay=-0.1", "optimizer.weight_decay"),
-        ("--optimizer.warmup-epochs=20", "optimizer.warmup_epochs must be below epochs = 20"),
+        ("--optimizer.warmup-epochs=21", "optimizer.warmup_epochs must be at most epochs = 20"),
         ("--optimizer.clip-norm=0", "optimizer.clip_norm"),
         ("--optimizer.name=lion", "optimizer.name"),
         ("--epochs=0", "epochs must be at least 1"),

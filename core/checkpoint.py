@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,11 +36,10 @@ def save(path: str | Path, payload: object) -> None:
         CheckpointError: if the disk is full or the folder not writable; a file that was there before stays.
     """
     path = Path(path)
-    temporary = ""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with open(temporary, "wb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
@@ -50,8 +48,7 @@ def save(path: str | Path, payload: object) -> None:
         # torch reports a failed write as a RuntimeError of its zip writer.
         raise CheckpointError(f"could not write {path} ({error}); the previous file, if any, is unchanged") from error
     finally:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Any:

@@ -8,8 +8,6 @@ A group is `m` consecutive entries of the flattening of the *reduction dimension
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -76,7 +74,9 @@ def group_count(w: Tensor, pattern: str | NMPattern) -> int:
 
 def _check(w: Tensor, pattern: str | NMPattern, dims: Dims) -> tuple[int, int]:
     pattern = NMPattern.parse(pattern)
-    size = math.prod(w.shape[d] for d in dims)
+    size = 1
+    for d in dims:  # no generator: torch.compile cannot trace one
+        size *= w.shape[d]
     if size % pattern.m:
         raise SparsityError(
             f"the reduction size {size} (dimensions {dims} of shape {tuple(w.shape)}) is not a multiple of "

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from nm_sparsity.core import masks, record
@@ -151,6 +150,9 @@ def restore(model: nn.Module, state_dict: Mapping[str, Any], metadata: Mapping[s
         check_table(model, metadata)
         state = merge(state, metadata)
     if any(isinstance(p, DTensor) for p in model.parameters()):
+        # Imported late: it is slow to import and only sharded models need it.
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
         set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
     else:
         model.load_state_dict(state)

@@ -34,7 +34,7 @@ def order(value: float) -> float:
 
 
 def brute_force(w: Tensor, n: int, m: int, dims: tuple[int, ...]) -> Tensor:
-    """Of all ways to keep n of m, the one whose sorted magnitudes are largest; the first in index order among equals."""
+    """Of all ways to keep n of m, the one of largest sorted magnitudes, the first in index order among equals."""
     mask = torch.zeros(w.shape, dtype=torch.bool)
     for group in groups_of(tuple(w.shape), dims, m):
         best = max(
@@ -135,7 +135,7 @@ def test_satisfies_counts_nonzeros_in_groups() -> None:
 
 
 def test_refuses_sizes_and_types_that_have_no_groups() -> None:
-    with pytest.raises(SparsityError, match="reduction size 10 .* not a multiple of M = 4"):
+    with pytest.raises(SparsityError, match=r"reduction size 10 .* not a multiple of M = 4"):
         nm_mask(torch.zeros(4, 10), "2:4")
     with pytest.raises(SparsityError, match=r"floating-point weight, found torch\.int32"):
         keep_largest(torch.zeros(4, 8, dtype=torch.int32), "2:4")

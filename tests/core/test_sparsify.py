@@ -27,7 +27,9 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3)
-        self.blocks = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1, groups=2))
+        self.blocks = nn.Sequential(
+            nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 16, 1, groups=2)
+        )
         self.up = nn.ConvTranspose2d(16, 8, 2)
         self.head = nn.Linear(8, 10)
 
@@ -92,7 +94,12 @@ def test_report_adds_up_and_prints_aligned_and_as_json() -> None:
 
 def test_globs_match_layers_and_ancestors_and_the_last_pattern_wins() -> None:
     report = sparsify(Net(), "2:4", patterns={"blocks": "1:4", "blocks.2": "dense", "h*": "1:8"}, exclude=["up"])
-    assert [notes(report)[name][0] for name in ("blocks.0", "blocks.2", "head", "up")] == ["1:4", "dense", "1:8", "dense"]
+    assert [notes(report)[name][0] for name in ("blocks.0", "blocks.2", "head", "up")] == [
+        "1:4",
+        "dense",
+        "1:8",
+        "dense",
+    ]
     report = sparsify(Net(), include=["blocks.*"])
     assert [w.name for w in report.sparse] == ["blocks.0.weight", "blocks.2.weight"]
     assert notes(report)["head"] == ("dense", "not included")
@@ -101,7 +108,7 @@ def test_globs_match_layers_and_ancestors_and_the_last_pattern_wins() -> None:
 @pytest.mark.parametrize("arguments", [{"exclude": ["fc"]}, {"include": ["x.*"]}, {"patterns": {"layer9": "1:4"}}])
 def test_a_glob_that_matches_nothing_raises_and_names_the_layers(arguments: dict[str, object]) -> None:
     net = Net()
-    with pytest.raises(SparsityError, match=r'matches no layer of the model; its layers are stem, blocks\.0'):
+    with pytest.raises(SparsityError, match=r"matches no layer of the model; its layers are stem, blocks\.0"):
         sparsify(net, **arguments)  # type: ignore[arg-type]
     assert type(net.head) is nn.Linear
 

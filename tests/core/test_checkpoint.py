@@ -1,0 +1,237 @@
+"""Checkpoints: sparse as they stand, bit for bit on resume, atomic, and safe to open."""
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nm_sparsity.core import CheckpointError, checkpoint, finalize, load_sparsity_state, sparsify, sparsity_state
+from nm_sparsity.core.checkpoint import METADATA, find_parts, load, merge, restore, save, split
+
+
+def make(layout: str = "channel", pattern: str = "2:4", method: str = "sr-ste") -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 4))
+    sparsify(net, pattern, layout=layout, method=method, **({"decay": 1.0} if method == "sr-ste" else {}))
+    return net
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    net(torch.randn(4, 8, 3, 3)).square().sum().backward()
+    optimizer.step()
+
+
+def file_of(net: nn.Module, path: Path) -> Path:
+    state, metadata = split(net)
+    save(path, {"state_dict": state, METADATA: metadata})
+    return path
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), 3.5]), min_size=32, max_size=32),
+    pattern=st.sampled_from(["1:4", "2:4", "3:4", "3:8"]),
+    layout=st.sampled_from(["channel", "kernel"]),
+)
+def test_merge_restores_what_split_took_apart_bit_for_bit(values: list[float], pattern: str, layout: str) -> None:
+    net = nn.Sequential(nn.Conv2d(8, 2, (1, 2)))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor(values).reshape(2, 8, 1, 2))
+    before = net[0].weight.detach().clone()
+    sparsify(net, pattern, layout=layout)
+    state, metadata = split(net)
+    assert torch.equal(state["0.weight"].nan_to_num(7), net[0].weight.detach().nan_to_num(7))
+    after = merge(state, metadata)["0.weight"]
+    assert torch.equal(after.view(torch.int32), before.view(torch.int32)), "also the signs of zeros"
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "asp"])
+@pytest.mark.parametrize("layout", ["channel", "kernel"])
+def test_ten_steps_equal_five_and_a_resume_and_five(tmp_path: Path, method: str, layout: str) -> None:
+    def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            step(net, optimizer)
+
+    straight = make(layout, method=method)
+    optimizer = torch.optim.SGD(straight.parameters(), lr=0.01, momentum=0.9)
+    train(straight, optimizer, 5)
+    path = file_of(straight, tmp_path / "five.pt")
+    optimizer_state, rng = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    train(straight, optimizer, 5)
+
+    resumed = make(layout, method=method)
+    payload = load(path)
+    restore(resumed, payload["state_dict"], payload[METADATA])
+    optimizer = torch.optim.SGD(resumed.parameters(), lr=0.01, momentum=0.9)
+    optimizer.load_state_dict(optimizer_state)
+    torch.set_rng_state(rng)
+    train(resumed, optimizer, 5)
+    for a, b in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert sparsity_state(straight).keys() == sparsity_state(resumed).keys()
+
+
+def test_the_state_dict_is_sparse_as_it_stands_and_loads_into_a_dense_model() -> None:
+    net = make()
+    state, _ = split(net)
+    dense = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 4))
+    dense.load_state_dict(state)
+    x = torch.randn(2, 8, 3, 3)
+    torch.testing.assert_close(dense(x), net(x), rtol=0, atol=0)
+
+
+def test_tied_weights_are_masked_under_every_name_and_restored() -> None:
+    def tied() -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        net[1].weight = net[0].weight
+        return net
+
+    net = tied()
+    sparsify(net, "1:4")
+    state, metadata = split(net)
+    assert torch.equal(state["1.weight"], net[0].weight)
+    other = tied()
+    sparsify(other, "1:4")
+    restore(other, state, metadata)
+    assert torch.equal(other[0]._parameters["weight"], net[0]._parameters["weight"])
+
+
+def test_the_authors_format_with_module_prefix_loads(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 4))
+    published = {"epoch": 120, "state_dict": {f"module.{k}": v for k, v in source.state_dict().items()}}
+    torch.save(published, tmp_path / "published.pth")
+    net = make()
+    state, metadata = find_parts(load(tmp_path / "published.pth"), "published.pth")
+    restore(net, state, metadata)
+    assert torch.equal(net[0]._parameters["weight"], source[0].weight)
+
+
+def test_a_dense_checkpoint_initialises_and_a_finalized_one_too(tmp_path: Path) -> None:
+    net = make(method="ste")
+    finalized = copy.deepcopy(net)
+    finalize(finalized)
+    again = make(method="ste")
+    restore(again, finalized.state_dict(), checkpoint.describe(finalized))
+    assert torch.equal(again[2].weight, net[2].weight)
+
+
+def test_other_models_patterns_and_layouts_are_refused_by_name(tmp_path: Path) -> None:
+    payload = load(file_of(make(), tmp_path / "a.pt"))
+    state, metadata = payload["state_dict"], payload[METADATA]
+    with pytest.raises(CheckpointError, match=r"0\.weight is 1:4 along dimensions \[1\] in this model and 2:4"):
+        restore(make(pattern="1:4"), state, metadata)
+    with pytest.raises(CheckpointError, match=r"2:4 along dimensions \[1, 2, 3\] in this model and 2:4 along .*\[1\]"):
+        restore(make(layout="kernel"), state, metadata)
+    with pytest.raises(CheckpointError, match=r"lacks 0\.weight and 1 more of Linear|lacks weight"):
+        restore(nn.Linear(3, 3), state, metadata)
+    with pytest.raises(CheckpointError, match=r"holds 0\.weight and 5 more, which Sequential does not have"):
+        restore(nn.Sequential(), state)
+    wider = {**state, "3.bias": torch.zeros(5)}
+    with pytest.raises(CheckpointError, match=r"3\.bias has shape \(4,\) in Sequential and \(5,\) in the checkpoint"):
+        restore(make(), wider, metadata)
+    net = make()
+    before = copy.deepcopy(net.state_dict())
+    broken = {**metadata, "dropped": {**metadata["dropped"], "0.weight": torch.zeros(3)}}
+    with pytest.raises(CheckpointError, match="dropped"):
+        restore(net, {k: v + 1 for k, v in state.items()}, broken)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "a refused file must change nothing"
+    with pytest.raises(CheckpointError, match="not a sparse weight of this model"):
+        load_sparsity_state(net, {"9.weight": {}})
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_opening_a_file_never_runs_code(tmp_path: Path) -> None:
+    victim = tmp_path / "executed"
+    torch.save({"state_dict": Evil(victim)}, tmp_path / "zip.pt")
+    (tmp_path / "raw.pkl").write_bytes(pickle.dumps(Evil(victim)))
+    torch.save(nn.Linear(2, 2), tmp_path / "model.pt")
+    for name in ("zip.pt", "raw.pkl", "model.pt"):
+        with pytest.raises(
+            CheckpointError, match=r"was not loaded, since that would run code|not a PyTorch checkpoint"
+        ):
+            load(tmp_path / name)
+    assert not victim.exists()
+
+
+def test_missing_truncated_and_foreign_files(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load(tmp_path / "nowhere.pt")
+    whole = file_of(make(), tmp_path / "whole.pt").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 7):
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match=r"cut\.pt is (truncated|not a PyTorch)"):
+            load(tmp_path / "cut.pt")
+    (tmp_path / "text.pt").write_text("learning rate: 0.1")
+    with pytest.raises(CheckpointError, match="not a PyTorch checkpoint"):
+        load(tmp_path / "text.pt")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        find_parts({"lr": 0.1}, "x.pt")
+
+
+def test_saving_keeps_the_old_file_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = file_of(make(), tmp_path / "latest.pt")
+    before = path.read_bytes()
+
+    def full(payload: object, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"could not write .*No space left on device.*previous file.*unchanged"):
+        save(path, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path], "no temporary file stays behind"
+
+
+def test_a_really_full_disk() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with pytest.raises((OSError, RuntimeError)) as full, open("/dev/full", "wb") as file:
+        torch.save({"x": torch.zeros(10_000_000)}, file)
+    # What save() catches is what torch really raises.
+    assert isinstance(full.value, OSError | RuntimeError)
+
+
+def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "latest.pt"
+    script = (
+        "import torch\nfrom nm_sparsity.core.checkpoint import save\n"
+        f"i = 0\nwhile True:\n    save({str(path)!r}, {{'state_dict': {{'w': torch.full((500_000,), float(i))}}}})\n"
+        "    i += 1\n    print(i, flush=True)\n"
+    )
+    for delay in (0.0, 0.011, 0.027):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for _ in range(3):
+            process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        w = load(path)["state_dict"]["w"]
+        assert (w == w[0]).all()
+
+
+def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    save(tmp_path / "ours.pt", {})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours.pt").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,0 +1,161 @@
+"""verify, and the console script over it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nm_sparsity.core import SparsityError, VerificationError, checkpoint, finalize, sparsify, verify
+from nm_sparsity.core.__main__ import main
+
+
+def make() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 8), nn.Linear(8, 6))
+
+
+def finalized() -> nn.Sequential:
+    net = make()
+    sparsify(net, "2:4", method="ste", exclude=["3"], patterns={"2": "1:4"})
+    finalize(net)
+    return net
+
+
+def ours(path: Path) -> Path:
+    net = make()
+    sparsify(net, "2:4", exclude=["3"])
+    state, metadata = checkpoint.split(net)
+    checkpoint.save(path, {"state_dict": state, "nm_sparsity": metadata, "epoch": 3})
+    return path
+
+
+def test_the_table_of_the_model_is_the_truth() -> None:
+    result = verify(finalized(), "2:4")
+    assert [(c.name, c.pattern, c.groups, c.violations) for c in result.checks] == [
+        ("0.weight", "2:4", 8 * 8 * 9 // 4, 0),
+        ("2.weight", "1:4", 16, 0),
+    ]
+    assert "2 weights checked, 0 violate" in str(result)
+
+
+def test_a_violation_names_layer_and_count() -> None:
+    net = finalized()
+    with torch.no_grad():
+        net[2].weight[0, :3] = 1.0
+        net[2].weight[5] = 1.0
+    with pytest.raises(VerificationError, match=r"1 of 2 weights break their pattern(.|\n)*2\.weight +1:4 +16 +3"):
+        verify(net)
+
+
+def test_not_finalized_never_sparsified_and_another_pattern() -> None:
+    net = make()
+    with pytest.raises(SparsityError, match="never sparsified; give verify a pattern"):
+        verify(net)
+    with pytest.raises(VerificationError, match="3 of 3"):
+        verify(net, "2:4")
+    sparsify(net)
+    with pytest.raises(VerificationError, match=r"not finalized.*shadow weights; call finalize"):
+        verify(net)
+    with pytest.raises(VerificationError, match=r"was sparsified at 1:4, 2:4, not at 1:16"):
+        verify(finalized(), "1:16")
+
+
+def test_an_inner_model_and_a_wrapper_are_found() -> None:
+    outer = nn.Sequential(finalized())
+    assert [c.name for c in verify(outer).checks] == ["0.0.weight", "0.2.weight"]
+    assert len(verify(torch.compile(outer)).checks) == 2  # type: ignore[arg-type]
+
+
+def test_files_with_and_without_a_table(tmp_path: Path) -> None:
+    assert len(verify(ours(tmp_path / "ours.pt"), "2:4").checked) == 2
+    shadow = make()
+    torch.save(shadow.state_dict(), tmp_path / "shadow.pt")
+    with pytest.raises(VerificationError, match="3 of 3 weights break"):
+        verify(tmp_path / "shadow.pt", "2:4")
+    with pytest.raises(SparsityError, match="no table of sparse weights; give a pattern"):
+        verify(tmp_path / "shadow.pt")
+    torch.save({"model": finalized().state_dict()}, tmp_path / "engine.pt")
+    result = verify({"a": torch.zeros(4, 8), "b": torch.ones(4, 6), "c": torch.ones(3)}, "2:4")
+    assert [(c.name, c.skipped) for c in result.checks] == [("a", ""), ("b", "reduction size 6 is not divisible by 4")]
+
+
+def test_console_verify_exits_0_1_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(ours(tmp_path / "ours.pt"))]) == 0
+    assert "2 weights checked, 0 violate" in capsys.readouterr().out
+    torch.save(make().state_dict(), tmp_path / "shadow.pt")
+    assert main(["verify", str(tmp_path / "shadow.pt"), "--pattern", "2:4"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: 3 of 3 weights break their pattern:")
+    assert main(["verify", str(tmp_path / "none.pt")]) == 1
+    assert main(["verify", str(tmp_path / "ours.pt"), "--pattern", "4:2"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["frobnicate"])
+
+
+def test_console_finalize_drops_what_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = ours(tmp_path / "ours.pt")
+    assert main(["finalize", str(source), str(tmp_path / "final.pt")]) == 0
+    final = checkpoint.load(tmp_path / "final.pt")
+    assert "dropped" not in final["nm_sparsity"]
+    assert all(torch.equal(v, final["state_dict"][k]) for k, v in checkpoint.load(source)["state_dict"].items())
+    assert (tmp_path / "final.pt").stat().st_size < source.stat().st_size
+
+    torch.save(make().state_dict(), tmp_path / "shadow.pt")
+    output = tmp_path / "masked.pt"
+    assert main(["finalize", str(tmp_path / "shadow.pt"), str(output)]) == 1
+    assert "say which pattern" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(["finalize", str(tmp_path / "shadow.pt"), str(output), "--pattern", "2:4", "--exclude", "3"]) == 0
+    masked = checkpoint.load(output)
+    assert set(masked["nm_sparsity"]["layers"]) == {"0.weight", "2.weight"}
+    assert torch.equal(masked["state_dict"]["3.weight"], make()[3].weight)
+    assert main(["verify", str(output)]) == 0
+
+
+def test_console_inspect_counts_flops_like_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "resnet18", "--exclude", "fc", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    weights = {w["name"]: w for w in report["weights"]}
+    assert weights["layer1.0.conv1.weight"]["flops"] == 2 * 64 * 64 * 9 * 56 * 56
+    assert weights["layer4.0.downsample.0.weight"]["flops"] == 2 * 512 * 256 * 7 * 7
+    assert weights["fc.weight"]["note"] == 'excluded by "fc"'
+    sparse = sum(w["flops"] for w in report["weights"] if w["pattern"] == "2:4")
+    assert report["flops"] - report["sparse_flops"] == sparse / 2
+    assert report["flops"] == pytest.approx(2 * 1.814e9, rel=1e-3), "torchvision documents 1.81 GMACs"
+
+
+def test_console_inspect_counts_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "vit_b_16"]) == 0
+    out = capsys.readouterr().out
+    mflops = 2 * 197 * 768 * 768 / 1e6
+    line = next(line for line in out.splitlines() if "layer_0.self_attention.out_proj" in line)
+    assert f"{mflops:.4g}" in line
+    line = next(line for line in out.splitlines() if "layer_0.self_attention.in_proj" in line)
+    assert f"{3 * mflops:.4g}" in line
+    total = 35.1  # torchvision documents 17.56 GMACs for ViT-B/16
+    assert f"{total:.1f}" in out.splitlines()[-1]
+
+
+def test_console_inspect_bad_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "resnet51"]) == 1
+    assert 'unknown model "resnet51"; torchvision has' in capsys.readouterr().err
+    assert main(["inspect", "no.such:thing"]) == 1
+    assert 'cannot build "no.such:thing"' in capsys.readouterr().err
+    assert main(["inspect", "collections:OrderedDict"]) == 1
+    assert "expected a torch.nn.Module" in capsys.readouterr().err
+    assert main(["inspect", "resnet18", "--input", "1,2"]) == 0
+    assert "FLOPs not counted" in capsys.readouterr().out
+
+
+def test_console_runs_as_a_module() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "nm_sparsity.core", "inspect", "alexnet", "--pattern", "1:4", "--input", "none"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "reduction size 3 is not divisible by 4" in run.stdout

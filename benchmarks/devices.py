@@ -1,0 +1,138 @@
+"""What a device can do at best, and the speed-up that a 2:4 matrix product can have on it at most.
+
+The roofline (Williams et al., CACM 2009): a product takes at least its FLOPs over the peak, and its bytes over the
+memory bandwidth. 2:4 doubles the peak and shrinks the weight's bytes; it shrinks neither input nor output.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from nm_sparsity.core import SparsityError
+
+
+@dataclass(frozen=True)
+class Device:
+    """Data-sheet figures without sparsity: dense tensor-core TFLOP/s at 16 and 8 bits, memory in TB/s."""
+
+    name: str
+    half_tflops: float
+    byte_tops: float | None
+    bandwidth: float
+    capability: tuple[int, int]
+
+    @property
+    def sparse_tensor_cores(self) -> bool:
+        """Whether the hardware has a 2:4 path: from Ampere on."""
+        return self.capability >= (8, 0)
+
+    def peak(self, itemsize: int) -> float:
+        """Dense FLOP/s for operands of `itemsize` bytes."""
+        tflops = self.half_tflops if itemsize == 2 else self.byte_tops
+        if tflops is None:
+            raise SparsityError(f"{self.name} has no tensor cores for {8 * itemsize}-bit operands")
+        return tflops * 1e12
+
+
+# NVIDIA's data sheets, the figure "without sparsity"; SXM parts unless the name says otherwise.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("v100", 125.0, None, 0.9, (7, 0)),
+        Device("a10", 125.0, 250.0, 0.6, (8, 6)),
+        Device("a30", 165.0, 330.0, 0.933, (8, 0)),
+        Device("a100-40gb", 312.0, 624.0, 1.555, (8, 0)),
+        Device("a100", 312.0, 624.0, 2.039, (8, 0)),
+        Device("l4", 121.0, 242.5, 0.3, (8, 9)),
+        Device("l40s", 362.0, 733.0, 0.864, (8, 9)),
+        Device("h100-pcie", 756.0, 1513.0, 2.0, (9, 0)),
+        Device("h100", 989.4, 1978.9, 3.35, (9, 0)),
+        Device("h200", 989.4, 1978.9, 4.8, (9, 0)),
+        Device("b200", 2250.0, 4500.0, 8.0, (10, 0)),
+    )
+}
+
+_NAMES = (  # (in torch.cuda.get_device_name, our name); the first match counts
+    (r"V100", "v100"),
+    (r"A100.*40GB", "a100-40gb"),
+    (r"A100", "a100"),
+    (r"A10\b", "a10"),
+    (r"A30\b", "a30"),
+    (r"L40S", "l40s"),
+    (r"L4\b", "l4"),
+    (r"H100.*PCIe", "h100-pcie"),
+    (r"H100", "h100"),
+    (r"H200", "h200"),
+    (r"B200", "b200"),
+)
+
+COMPRESSED = {2: 9 / 16, 1: 5 / 8}
+"""Bytes of a compressed 2:4 weight over those of the dense one, by bytes an entry: half the values, 2 bits of each."""
+
+
+def find(name: str) -> Device:
+    """The device called `name`.
+
+    Raises:
+        SparsityError: listing the known ones.
+    """
+    if name.lower() not in DEVICES:
+        raise SparsityError(f'unknown device "{name}"; known: {", ".join(DEVICES)}')
+    return DEVICES[name.lower()]
+
+
+def present() -> Device | None:
+    """The GPU of this machine, if there is one that `DEVICES` knows."""
+    if not torch.cuda.is_available():
+        return None
+    marketing_name = torch.cuda.get_device_name()
+    return next((DEVICES[name] for regex, name in _NAMES if re.search(regex, marketing_name)), None)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``Y[tokens, rows] = X[tokens, columns] @ W[rows, columns].T``, W the sparse operand.
+
+    `reuse` is how often an input entry enters the K x K x C_in columns of a convolution as an implicit GEMM: K * K.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    itemsize: int = 2
+    reuse: int = 1
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the dense product."""
+        return 2 * self.tokens * self.rows * self.columns
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the dense weight."""
+        return self.itemsize * self.rows * self.columns
+
+    def _seconds(self, device: Device, flops: float, weight_bytes: float) -> float:
+        other = self.itemsize * self.tokens * (self.columns / self.reuse + self.rows)
+        return max(flops / device.peak(self.itemsize), (other + weight_bytes) / (device.bandwidth * 1e12))
+
+    def dense_seconds(self, device: Device) -> float:
+        """The least time the dense product can take."""
+        return self._seconds(device, self.flops, self.weight_bytes)
+
+    def sparse_seconds(self, device: Device) -> float:
+        """The least time the 2:4 product can take; the dense one's where the hardware has no 2:4 path."""
+        if not device.sparse_tensor_cores:
+            return self.dense_seconds(device)
+        return self._seconds(device, self.flops / 2, self.weight_bytes * COMPRESSED[self.itemsize])
+
+    def ceiling(self, device: Device) -> float:
+        """The most that 2:4 can speed the product up."""
+        return self.dense_seconds(device) / self.sparse_seconds(device)
+
+    def bound(self, device: Device) -> str:
+        """What limits the dense product: "compute" or "memory"."""
+        return "compute" if self.flops / device.peak(self.itemsize) >= self.dense_seconds(device) else "memory"

@@ -1,0 +1,148 @@
+"""The cost of the N:M mask: our kernels against the ways people use, over the weights of whole models.
+
+`python -m nm_sparsity.benchmarks.masks`. Every row gives nanoseconds a weight, the ratio to a copy of the weights
+(``clone``, in the same rounds), and the memory traffic, one read and one write of every weight, per second. Memory
+for the result is allocated each time, as in training; on a CPU that is the larger part for big matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from nm_sparsity.benchmarks import devices, models, results, timing
+from nm_sparsity.benchmarks.results import Result
+from nm_sparsity.core import NMPattern, SparsityError, kernels
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.kernels import reference
+
+Masking = Callable[[Tensor, int, int], Tensor]
+SIZES = (1, 4, 16, 64, 250, 500)
+"""Millions of weights, for how the cost grows."""
+
+
+def argsort_scatter(w: Tensor, n: int, m: int) -> Tensor:
+    """What the paper's published code does: sort every group, scatter zeros into a mask of ones, multiply."""
+    groups = w.detach().abs().reshape(-1, m)
+    drop = groups.argsort(dim=1)[:, : m - n]
+    return w * torch.ones_like(groups).scatter_(1, drop, 0.0).reshape(w.shape)
+
+
+def topk(w: Tensor, n: int, m: int) -> Tensor:
+    """The n largest of every group by torch.topk, scattered."""
+    groups = w.reshape(-1, m)
+    chosen = groups.abs().topk(n, dim=1, sorted=False).indices
+    return torch.zeros_like(groups).scatter_(1, chosen, groups.gather(1, chosen)).reshape(w.shape)
+
+
+def kthvalue(w: Tensor, n: int, m: int) -> Tensor:
+    """A threshold for every group by torch.kthvalue; keeps too many on ties."""
+    groups = w.reshape(-1, m)
+    magnitude = groups.abs()
+    threshold = magnitude.kthvalue(m - n, dim=1, keepdim=True).values
+    return torch.where(magnitude > threshold, groups, 0).reshape(w.shape)
+
+
+ALTERNATIVES: dict[str, Masking] = {
+    "ours": lambda w, n, m: kernels.keep_largest(w, n, m, 1),
+    "ours, pure torch": lambda w, n, m: reference.keep_largest(w, n, m, 1),
+    "argsort+scatter": argsort_scatter,
+    "topk": topk,
+    "kthvalue": kthvalue,
+}
+
+
+def measure(
+    result: Result,
+    label: str,
+    weights: Sequence[Tensor],
+    pattern: NMPattern,
+    names: Sequence[str],
+    rounds: int,
+) -> None:
+    """Time every alternative over all `weights` in one call, interleaved with a copy of them; one row each."""
+    device = weights[0].device
+    def run(masking: Masking) -> timing.Call:
+        def call(_: int) -> None:
+            for w in weights:
+                masking(w, pattern.n, pattern.m)
+
+        return call
+
+    calls = {"copy": run(lambda w, n, m: w.clone()), **{name: run(ALTERNATIVES[name]) for name in names}}
+    timings = timing.compare(calls, device, rounds)
+    size = sum(w.numel() for w in weights)
+    traffic = 2 * sum(w.numel() * w.element_size() for w in weights)
+    known = devices.present() if device.type == "cuda" else None
+    for name, t in timings.items():
+        row = {
+            "weights": label,
+            "millions": round(size / 1e6, 2),
+            "dtype": str(weights[0].dtype).removeprefix("torch."),
+            "pattern": str(pattern),
+            "how": name,
+            "ns/weight": t.median / size * 1e9,
+            "quartiles": [q / size * 1e9 for q in t.quartiles],
+            "x copy": t.over(timings["copy"])[0],
+            "x argsort": None,
+            "GB/s": traffic / t.median / 1e9,
+        }
+        if "argsort+scatter" in timings:
+            row["x argsort"] = timings["argsort+scatter"].over(t)[0]
+        if known:
+            row["of bandwidth"] = traffic / t.median / (known.bandwidth * 1e12)
+        result.add(**row)
+
+
+def run(device: torch.device, quick: bool, threads: int, rounds: int) -> Result:
+    """The whole benchmark."""
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    result = Result("masks", results.device_name(device))
+    rounds = 3 if quick else rounds
+    sets = ["resnet50"] if quick else ["resnet50", "bert-large", "llama-7b-ffn"]
+    for name in sets:
+        shapes = models.layer_set(name)
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = [_random(shape, device, dtype) for shape in shapes]
+            everything = [*ALTERNATIVES] if name == "resnet50" and dtype == torch.float32 else ["ours"]
+            for text in ("2:4", "4:8", "1:16", "4:32") if name == "resnet50" else ("2:4",):
+                measure(result, name, weights, NMPattern.parse(text), everything, rounds)
+            del weights
+    channels_last = [
+        _random(shape, device, torch.float32).to(memory_format=torch.channels_last)
+        for shape in models.layer_set("resnet50")
+    ]
+    measure(result, "resnet50, channels last", channels_last, NMPattern(2, 4), ["ours"], rounds)
+    for millions in SIZES[:3] if quick else SIZES:
+        w = _random((millions * 250, 4000), device, torch.float32)
+        measure(result, "one matrix", [w], NMPattern(2, 4), ["ours"], rounds)
+        del w
+    if device.type == "cpu":
+        result.add(weights="resnet50", how="ours (Triton)", not_run="needs CUDA")
+    return result
+
+
+def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+@command_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    results.add_arguments(parser)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--rounds", type=int, default=9, help="samples of each alternative (default 9)")
+    args = parser.parse_args(argv)
+    if args.threads < 1 or args.rounds < 1:
+        raise SparsityError("--threads and --rounds must be at least 1")
+    results.writable(args.out)
+    results.finish(run(results.choose_device(args.device), args.quick, args.threads, args.rounds), args.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

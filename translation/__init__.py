@@ -3,8 +3,14 @@
 import logging
 import warnings
 
-# What fairseq says on import about its own age and its speech tasks.
+# What fairseq says and causes on every start: about its own age, its speech tasks, and memory pinned for no GPU.
 logging.getLogger("fairseq.tasks.text_to_speech").setLevel(logging.WARNING)
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", message=".torch.jit.script. is deprecated", category=FutureWarning)
-    import nm_sparsity.translation.plugin  # noqa: F401
+for _message in (
+    r".torch\.jit\.script. is deprecated",
+    r".torch\.cuda\.amp\.",
+    r"'pin_memory' argument is set as true but no accelerator",
+    r"Support for mismatched key_padding_mask and attn_mask",
+):
+    warnings.filterwarnings("ignore", message=_message)
+
+import nm_sparsity.translation.plugin  # noqa: E402, F401

@@ -2,4 +2,7 @@
 
 from pathlib import Path
 
-print(Path(__file__).resolve().parent)
+USER_DIR = Path(__file__).resolve().parent
+
+if __name__ == "__main__":
+    print(USER_DIR)

@@ -275,7 +275,9 @@ def prepare(
     return prepared
 
 
-def prepare_corpus(name: str, out: Path, *, folder: Path = Path("data"), seed: int = 0, **changes: int | None) -> Prepared:
+def prepare_corpus(
+    name: str, out: Path, *, folder: Path = Path("data"), seed: int = 0, **changes: int | None
+) -> Prepared:
     """Prepare a corpus known by name; `folder` holds WMT14's raw files, or caches what is downloaded.
 
     Raises:
@@ -317,7 +319,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="plain text for a language model, instead of a parallel corpus")
     parser.add_argument("--folder", type=Path, default=Path("data"), help="wmt14's raw files; cache of libreoffice")
     parser.add_argument("--vocabulary", type=int, help="pieces of the joint BPE (default 8000 for your own text)")
-    parser.add_argument("--held-out", type=int, help="sentences of each of valid and test (default a tenth, at most 500)")
+    parser.add_argument(
+        "--held-out", type=int, help="sentences of each of valid and test (default a tenth, at most 500)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     changes = {"vocabulary": args.vocabulary, "held_out": args.held_out}

@@ -1,0 +1,102 @@
+"""Average checkpoints, or export one, for any fairseq: ``python -m nm_sparsity.translation.average FILE... --output FILE``.
+
+The result is sparse as it stands and a checkpoint of fairseq's own ``translation`` or ``language_modeling`` task: it
+needs neither our ``--user-dir`` nor this package. Averaged are the dense shadow weights, which are then masked: the
+average of sparse weights with different masks would not be N:M.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from nm_sparsity.core import CheckpointError, keep_largest, verify
+from nm_sparsity.core.checkpoint import METADATA, load, merge, save
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.translation.trainer import EMA
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to average."""
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Checkpoints of one run; of a single one, this is an export."""
+    output: Path
+    """The file to write."""
+    ema: bool = False
+    """Take the exponential moving averages that ``--store-ema`` kept."""
+
+
+def average(options: Options) -> dict[str, Any]:
+    """Average, mask, write and verify; returns what was written.
+
+    Raises:
+        CheckpointError: if a file is damaged, of another model or pattern, or has no moving average.
+    """
+    if not options.inputs:
+        raise CheckpointError("name at least one checkpoint")
+    total: dict[str, torch.Tensor] = {}
+    payload: dict[str, Any] = {}
+    for path in options.inputs:
+        before, payload = payload, load(path)
+        weights, metadata = _shadow(payload, path, options.ema)
+        if before and _table(before) != _table(payload):
+            raise CheckpointError(f"{path} is not sparse in the same way as {options.inputs[0]}")
+        if total and {n: t.shape for n, t in total.items()} != {n: t.shape for n, t in weights.items()}:
+            raise CheckpointError(f"{path} is of another model than {options.inputs[0]}: names or shapes differ")
+        for name, value in weights.items():
+            # In double precision, so that the order of the files does not matter.
+            total[name] = total.get(name, 0) + value.double()
+    model = {name: (value / len(options.inputs)).to(weights[name].dtype) for name, value in total.items()}
+    for name, (pattern, dims) in metadata["layers"].items():
+        model[name] = keep_largest(model[name], pattern, tuple(dims))
+    extra = {key: value for key, value in payload["extra_state"].items() if key == "train_iterator"}
+    extra[METADATA] = {key: value for key, value in metadata.items() if key not in ("dropped", "state")}
+    task = {key: value for key, value in payload["cfg"]["task"].items() if not key.startswith("nm_")}
+    task["_name"] = task["_name"].removeprefix("nm_")
+    result = {
+        **payload,
+        "model": model,
+        "cfg": {**payload["cfg"], "task": task},
+        "extra_state": extra,
+        "task_state": {},
+        "last_optimizer_state": None,
+    }
+    save(options.output, result)
+    if metadata["layers"]:
+        verify(options.output)
+    return result
+
+
+def _table(payload: dict[str, Any]) -> object:
+    return payload["extra_state"][METADATA]["layers"]
+
+
+def _shadow(payload: Any, path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Dense shadow weights and metadata of a checkpoint file."""
+    extra = payload.get("extra_state", {}) if isinstance(payload, dict) else {}
+    if METADATA not in extra or "cfg" not in payload:
+        raise CheckpointError(f"{path} is not a checkpoint of nm_translation or nm_language_modeling")
+    if not ema:
+        return merge(payload["model"], extra[METADATA]), extra[METADATA]
+    if EMA not in extra:
+        raise CheckpointError(f"{path} has no moving average; train with --store-ema")
+    return merge(extra["ema"], extra[EMA]), extra[EMA]
+
+
+@command_line
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, prog="python -m nm_sparsity.translation.average", description=__doc__)
+    average(options)
+    print(f"{options.output}: {len(options.inputs)} checkpoint(s), for any fairseq")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

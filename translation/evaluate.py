@@ -1,0 +1,256 @@
+"""Score a run on its test set: ``python -m nm_sparsity.translation.evaluate RUN``.
+
+Translation: detokenized BLEU and chrF by sacreBLEU with their signatures, BLEU by sentence length, sample translations.
+Language model: perplexity. Of a sparse run the pattern is verified, and the finalized dense model with zeros must give
+the very same output. Everything also goes to ``RUN/evaluation.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from fairseq import checkpoint_utils, utils
+from fairseq_cli.eval_lm import eval_lm
+from sacrebleu.metrics import BLEU, CHRF
+from torch import nn
+
+from nm_sparsity.core import SparsityError, VerificationError, finalize, frozen, verify
+from nm_sparsity.core.checkpoint import METADATA, load
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.run import write_json
+from nm_sparsity.core.table import format_table
+from nm_sparsity.translation.corpora import read_lines
+from nm_sparsity.translation.prepare import Prepared, check_separate
+
+EVALUATION = "evaluation.json"
+LENGTHS = (5, 10, 20, 30, 40)
+"""Upper ends, in source words, of the bins of BLEU by length."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to score, and how to decode."""
+
+    run: tyro.conf.Positional[Path]
+    """A run folder (its checkpoint_best.pt) or a checkpoint file."""
+    data: Path | None = None
+    """The prepared folder, if it is not where the run was trained on."""
+    subset: str = "test"
+    """valid or test."""
+    beam: int = 5
+    """Beam size."""
+    lenpen: float = 1.0
+    """Length penalty: above 1 favours longer translations."""
+    samples: int = 10
+    """Translations to show."""
+    pattern: Annotated[str | None, tyro.conf.arg(metavar="N:M")] = None
+    """What the weights are expected to be; default: what the run was trained with."""
+
+
+@dataclass
+class Translated:
+    """Scores of a translation model; BLEU and chrF in points, `exact` in percent of sentences."""
+
+    bleu: float
+    bleu_signature: str
+    chrf: float
+    chrf_signature: str
+    exact: float
+    sentences: int
+    by_length: dict[str, tuple[int, float]]
+    """Source words -> sentences, BLEU."""
+    compound_split_bleu: float | None
+    """Tokenized BLEU with hyphenated compounds split, the tradition of papers on WMT14; compare with no other."""
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Perplexity:
+    """Score of a language model, per piece of the BPE."""
+
+    perplexity: float
+    bits_per_character: float
+    pieces: int
+
+
+def load_run(checkpoint: Path, data: Path | None) -> tuple[nn.Module, Any, Any]:
+    """Model, task and fairseq config of a checkpoint, in eval mode, on the GPU if there is one.
+
+    Raises:
+        CheckpointError: if the file is damaged, or of another dictionary than `data`.
+    """
+    load(checkpoint)
+    overrides = {} if data is None else {"data": str(data / "bin")}
+    models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
+    model: nn.Module = models[0]
+    model.eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    model.prepare_for_inference_(config)
+    return model, task, config
+
+
+def translate(model: nn.Module, task: Any, subset: str, beam: int, lenpen: float) -> list[str]:
+    """The detokenized translation of every sentence of `subset`, in order."""
+    generator = task.build_generator([model], Namespace(beam=beam, lenpen=lenpen, max_len_a=2, max_len_b=20))
+    hypotheses: dict[int, str] = {}
+    for sample in _batches(model, task, subset):
+        for index, found in zip(sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True):
+            tokens = found[0]["tokens"].int().cpu()
+            hypotheses[index] = task.target_dictionary.string(tokens, "sentencepiece")
+    return [hypotheses[index] for index in range(len(hypotheses))]
+
+
+def _batches(model: nn.Module, task: Any, subset: str) -> Iterator[Any]:
+    task.load_dataset(subset)
+    iterator = task.get_batch_iterator(
+        dataset=task.dataset(subset),
+        max_tokens=8000,
+        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
+        required_batch_size_multiple=1,
+    ).next_epoch_itr(shuffle=False)
+    return (utils.move_to_cuda(sample) if torch.cuda.is_available() else sample for sample in iterator)
+
+
+def score(sources: list[str], hypotheses: list[str], references: list[str], compounds: bool = False) -> Translated:
+    """BLEU, chrF and their kin of detokenized `hypotheses`."""
+    bleu, chrf = BLEU(), CHRF()
+    total = bleu.corpus_score(hypotheses, [references]).score
+    by_length = {}
+    for low, high in zip((0, *LENGTHS), (*LENGTHS, sys.maxsize), strict=True):
+        chosen = [i for i, source in enumerate(sources) if low < len(source.split()) <= high]
+        if chosen:
+            part = BLEU().corpus_score([hypotheses[i] for i in chosen], [[references[i] for i in chosen]])
+            name = f"{low + 1}-{high}" if high != sys.maxsize else f"over {low}"
+            by_length[name] = (len(chosen), part.score)
+    return Translated(
+        total,
+        str(bleu.get_signature()),
+        chrf.corpus_score(hypotheses, [references]).score,
+        str(chrf.get_signature()),
+        100 * sum(h == r for h, r in zip(hypotheses, references, strict=True)) / len(references),
+        len(references),
+        by_length,
+        compound_split_bleu(hypotheses, references) if compounds else None,
+    )
+
+
+def compound_split_bleu(hypotheses: list[str], references: list[str]) -> float:
+    """BLEU of 13a tokens, with the hyphen of compounds a token of its own on both sides."""
+    tokenizer = BLEU().tokenizer
+
+    def split(text: str) -> str:
+        return re.sub(r"(?<=\S)-(?=\S)", " ##AT##-##AT## ", tokenizer(text))
+
+    bleu = BLEU(tokenize="none", force=True)
+    return bleu.corpus_score([split(h) for h in hypotheses], [[split(r) for r in references]]).score
+
+
+def perplexity(model: nn.Module, task: Any, subset: str, text: list[str]) -> Perplexity:
+    """Perplexity by fairseq's own ``eval_lm``."""
+    task.load_dataset(subset)
+    dataset = task.dataset(subset)
+    batches = task.eval_lm_dataloader(dataset, batch_size=16, num_workers=0)
+    with torch.no_grad(), frozen(model):
+        result = eval_lm([model], task.source_dictionary, batches, target_dictionary=task.target_dictionary)
+    pieces = int(sum(dataset.sizes))
+    bits = float(result["loss"])
+    characters = sum(len(line) + 1 for line in text)
+    return Perplexity(2**bits, bits * pieces / characters, pieces)
+
+
+def evaluate(options: Options) -> Translated | Perplexity:
+    """Score, verify and finalize; writes ``evaluation.json`` into a run folder.
+
+    Raises:
+        SparsityError: if the data or the checkpoint does not fit, or test sentences are in the training text.
+        VerificationError: if a weight breaks its pattern, or the finalized model translates differently.
+    """
+    checkpoint = options.run / "checkpoint_best.pt" if options.run.is_dir() else options.run
+    metadata = load(checkpoint).get("extra_state", {}).get(METADATA, {})
+    sparse = bool(metadata.get("layers"))
+    if sparse or options.pattern:
+        verify(checkpoint, options.pattern)
+    model, task, config = load_run(checkpoint, options.data)
+    folder = options.data or Path(config.task.data).parent
+    prepared = Prepared.read(folder)
+    check_separate(folder, prepared.languages)
+    if options.subset not in ("valid", "test"):
+        raise SparsityError(f'subset must be "valid" or "test", found "{options.subset}"')
+    texts = [read_lines(folder / f"{options.subset}.{language}") for language in prepared.languages]
+
+    def run() -> tuple[object, Translated | Perplexity]:
+        if len(texts) == 1:
+            result = perplexity(model, task, options.subset, texts[0])
+            return result, result
+        sources, references = texts
+        hypotheses = translate(model, task, options.subset, options.beam, options.lenpen)
+        if len(hypotheses) != len(references):
+            raise SparsityError(
+                f"{folder}/bin holds {len(hypotheses)} sentences, {folder}/{options.subset}.* {len(references)}: "
+                "prepare the corpus again"
+            )
+        result = score(sources, hypotheses, references, compounds=prepared.corpus == "wmt14")
+        for i in random.Random(0).sample(range(len(sources)), min(options.samples, len(sources))):
+            result.samples.append({"source": sources[i], "translation": hypotheses[i], "reference": references[i]})
+        return hypotheses, result
+
+    output, result = run()
+    if sparse:
+        finalize(model)
+        if run()[0] != output:
+            raise VerificationError(
+                "the finalized model does not give the output of the sparse one: please report this"
+            )
+        verify(model)
+    if options.run.is_dir():
+        decoding = {"subset": options.subset, "beam": options.beam, "lenpen": options.lenpen}
+        write_json(options.run / EVALUATION, {**asdict(result), **decoding, "verified": sparse})
+    return result
+
+
+def show(result: Translated | Perplexity) -> str:
+    """The scores as text."""
+    if isinstance(result, Perplexity):
+        return (
+            f"perplexity {result.perplexity:.2f} a piece, {result.bits_per_character:.3f} bits a character "
+            f"({result.pieces} pieces)"
+        )
+    lines = [
+        f"BLEU {result.bleu:.2f}   ({result.bleu_signature})",
+        f"chrF {result.chrf:.2f}   ({result.chrf_signature})",
+        f"exact {result.exact:.1f}% of {result.sentences} sentences",
+    ]
+    if result.compound_split_bleu is not None:
+        lines.append(
+            f"BLEU {result.compound_split_bleu:.2f} tokenized with split compounds (13a): compare with no other"
+        )
+    table = [(words, count, f"{bleu:.1f}") for words, (count, bleu) in result.by_length.items()]
+    lines += ["", format_table(("source words", "sentences", "BLEU"), table)]
+    for sample in result.samples:
+        lines += ["", *(f"{name:12}{text}" for name, text in sample.items())]
+    return "\n".join(lines)
+
+
+@command_line
+def main() -> None:
+    """The command line."""
+    options = tyro.cli(Options, prog="python -m nm_sparsity.translation.evaluate", description=__doc__)
+    with contextlib.redirect_stdout(io.StringIO()):  # fairseq reports its loading there
+        result = evaluate(options)
+    print(show(result))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

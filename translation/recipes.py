@@ -1,0 +1,204 @@
+"""What a training run is: one frozen dataclass, and the recipes that return one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nm_sparsity.core import SparsityConfig, SparsityError
+from nm_sparsity.translation.__main__ import USER_DIR
+from nm_sparsity.translation.options import as_options
+
+Option = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run: a prepared corpus, a sparsity, and fairseq's own options."""
+
+    run: Path = Path("runs/translation")
+    """The run's folder: config, checkpoints, TensorBoard events, evaluation."""
+    data: Path = Path("data/number-words")
+    """A folder made by prepare."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    init_from: Path | None = None
+    """Start from the weights of another run (its folder or a checkpoint): ASP's trained dense model."""
+    seed: int = 1
+    """Seeds the initial weights, the order of batches and dropout."""
+    beam: int = 5
+    """Beam size when evaluating."""
+    lenpen: float = 1.0
+    """Length penalty when evaluating: above 1 favours longer translations."""
+    fairseq: Annotated[Mapping[str, Option], tyro.conf.Suppress] = field(default_factory=dict)
+    """fairseq-train's options by name. Any of them may also follow on the command line."""
+
+    @property
+    def checkpoint_to_start_from(self) -> Path | None:
+        """`init_from` as a file."""
+        start = self.init_from
+        return start / "checkpoint_best.pt" if start is not None and start.is_dir() else start
+
+    def arguments(self) -> list[str]:
+        """The arguments of the plain ``fairseq-train`` command that this run stands for."""
+        options: dict[str, Option | object] = {
+            "user-dir": USER_DIR,
+            "save-dir": self.run,
+            "tensorboard-logdir": self.run / "tensorboard",
+            "seed": self.seed,
+            **self.fairseq,
+            **as_options(self.sparsity),
+        }
+        if self.checkpoint_to_start_from is not None:
+            options["finetune-from-model"] = self.checkpoint_to_start_from
+        words = [str(self.data / "bin")]
+        for name, value in options.items():
+            if value is not False:
+                words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        return words
+
+
+RECIPES: dict[str, Callable[[], Config]] = {}
+"""Every recipe by name."""
+
+
+def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
+    """Decorator: a function without arguments becomes a recipe whose run folder is runs/<its name>."""
+    name = function.__name__
+
+    def named() -> Config:
+        return replace(function(), run=Path("runs") / name)
+
+    named.__doc__ = function.__doc__
+    RECIPES[name] = named
+    return named
+
+
+def get(name: str) -> Config:
+    """The config of the recipe `name`.
+
+    Raises:
+        SparsityError: for an unknown name, with the known ones.
+    """
+    if name not in RECIPES:
+        raise SparsityError(f'unknown recipe "{name}"; known recipes: {", ".join(RECIPES)}')
+    return RECIPES[name]()
+
+
+ADAM: dict[str, Option] = {
+    "optimizer": "adam",
+    "adam-betas": "(0.9, 0.98)",
+    "adam-eps": 1e-9,
+    "lr-scheduler": "inverse_sqrt",
+    "dropout": 0.1,
+    # fairseq's default of 8 silently drops the last batch of any split that is not a multiple of 8.
+    "required-batch-size-multiple": 1,
+    "no-progress-bar": True,
+}
+SMOOTHED: dict[str, Option] = {
+    "task": "nm_translation",
+    "share-all-embeddings": True,
+    "criterion": "label_smoothed_cross_entropy",
+    "label-smoothing": 0.1,
+}
+
+
+@recipe
+def transformer_base_wmt14_2by4() -> Config:
+    """Transformer base on WMT14 English-German, 2:4 SR-STE (paper: about 27.2 BLEU, dense 27.3).
+
+    Vaswani et al. 2017, table 3: Adam 0.9/0.98, inverse square root after 4,000 steps of warm-up, 100,000 steps of
+    some 25,000 target tokens (8 GPUs or ``--update-freq`` parts of 4,096; one GPU is assumed), label smoothing 0.1.
+
+    The paper does not tell its lambda for translation. The learning rates here sum to 24, so 0.01 gives
+    lambda * sum(lr) = 0.24: above the 0.1 below which SR-STE acts like STE, and below ImageNet's 6, since Adam divides
+    the decay by the small root mean square of the gradients and so makes it stronger than SGD does.
+    """
+    return Config(
+        data=Path("data/wmt14"),
+        sparsity=SparsityConfig(pattern="2:4", method="sr-ste", decay=0.01),
+        beam=4,
+        lenpen=0.6,
+        fairseq={
+            **SMOOTHED,
+            **ADAM,
+            "arch": "transformer_wmt_en_de",
+            "lr": 7e-4,
+            "warmup-init-lr": 1e-7,
+            "warmup-updates": 4000,
+            "max-update": 100_000,
+            "max-tokens": 4096,
+            "update-freq": 8,
+            "keep-last-epochs": 5,
+            "log-interval": 100,
+            "seed": 1,
+        },
+    )
+
+
+@recipe
+def transformer_base_wmt14_dense() -> Config:
+    """Transformer base on WMT14 English-German, dense."""
+    return replace(transformer_base_wmt14_2by4(), sparsity=SparsityConfig(method="dense"))
+
+
+def tiny(width: int, layers: int) -> dict[str, Option]:
+    """A Transformer that trains in minutes on one CPU core: `width` channels, `layers` in encoder and decoder each."""
+    sides = ("encoder", "decoder")
+    return {
+        **{f"{side}-embed-dim": width for side in sides},
+        **{f"{side}-ffn-embed-dim": 2 * width for side in sides},
+        **{f"{side}-layers": layers for side in sides},
+        **{f"{side}-attention-heads": 4 for side in sides},
+        "arch": "transformer",
+        "lr": 2e-3,
+        "warmup-updates": 200,
+        "max-tokens": 2500,
+        "num-workers": 0,
+        "log-interval": 50,
+        "no-epoch-checkpoints": True,
+    }
+
+
+@recipe
+def tiny_number_words() -> Config:
+    """A 2+2-layer Transformer on number-words, 2:4 SR-STE, in two CPU minutes."""
+    return Config(
+        data=Path("data/number-words"),
+        sparsity=SparsityConfig(decay=0.02),
+        beam=1,
+        fairseq={**SMOOTHED, **ADAM, **tiny(128, 2), "max-update": 1000},
+    )
+
+
+@recipe
+def tiny_libreoffice() -> Config:
+    """A 2+2-layer Transformer on LibreOffice's easy sentences, 2:4 SR-STE, in a few CPU minutes."""
+    return Config(
+        data=Path("data/libreoffice"),
+        sparsity=SparsityConfig(decay=0.02),
+        beam=1,
+        fairseq={**SMOOTHED, **ADAM, **tiny(128, 2), "max-update": 2000},
+    )
+
+
+@recipe
+def tiny_pydoc_topics() -> Config:
+    """A 2-layer Transformer language model on pydoc-topics, 2:4 SR-STE, in two CPU minutes."""
+    options = {name: value for name, value in tiny(128, 2).items() if not name.startswith("encoder")}
+    return Config(
+        data=Path("data/pydoc-topics"),
+        sparsity=SparsityConfig(decay=0.02),
+        fairseq={
+            **ADAM,
+            **options,
+            "task": "nm_language_modeling",
+            "arch": "transformer_lm",
+            "share-decoder-input-output-embed": True,
+            "tokens-per-sample": 128,
+            "max-update": 600,
+        },
+    )

@@ -116,6 +116,7 @@ def _treat(optimizer: Optimizer, held: list[_Held]) -> None:
     # A fused optimizer divides by the loss scale inside step.
     scale = getattr(optimizer, "grad_scale", None)
     scale = 1.0 if scale is None else scale
+    treated = []
     with torch.no_grad():
         for param, sparse, _ in held:
             if param.grad is None:
@@ -126,7 +127,10 @@ def _treat(optimizer: Optimizer, held: list[_Held]) -> None:
             if w.element_size() < 4:
                 _warn_half()
             sparse.method.before_step(w, grad, sparse, scale)
-            _treated[grad] = grad._version
+            treated.append(grad)
+    # Afterwards, since gradients that are views of one DDP bucket share a version.
+    for grad in treated:
+        _treated[grad] = grad._version
 
 
 def _held(optimizer: Optimizer) -> list[_Held]:

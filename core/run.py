@@ -18,7 +18,7 @@ import torch
 
 from nm_sparsity.core.errors import SparsityError
 
-_PACKAGES = ("nm-sparsity", "torch", "torchvision", "triton", "numpy")
+_PACKAGES = ("nm-sparsity", "torchvision", "triton", "numpy")
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
+        "torch": torch.__version__,
         **{name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "os": platform.platform(),

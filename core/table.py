@@ -13,10 +13,10 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], markd
     raw = list(rows)
     table = [[_text(cell) for cell in row] for row in raw]
     numeric = [
-        any(row[i] is not None for row in raw) and all(isinstance(row[i], int | float | None) for row in raw)
+        any(row[i] is not None for row in raw) and all(_is_number(row[i]) or row[i] is None for row in raw)
         for i in range(len(headers))
     ]
-    widths = [max([len(header), *(len(row[i]) for row in table)]) for i, header in enumerate(headers)]
+    widths = [max([3, len(header), *(len(row[i]) for row in table)]) for i, header in enumerate(headers)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
@@ -30,6 +30,10 @@ def format_table(headers: Sequence[str], rows: Iterable[Sequence[object]], markd
         for width, right in zip(widths, numeric, strict=True)
     ]
     return "\n".join(line(cells) for cells in [list(headers), rule, *table])
+
+
+def _is_number(cell: object) -> bool:
+    return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
 def _text(cell: object) -> str:

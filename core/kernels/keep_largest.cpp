@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__) && defined(__GLIBC__)
 // One portable binary that uses the vectors of the machine it runs on.
@@ -49,14 +50,18 @@ inline __attribute__((always_inline)) void tile(const Task& task, int64_t a0, in
     const Bits* __restrict w = static_cast<const Bits*>(task.w) + start;
     const Key nan_key = Key(task.nan_key), n = Key(task.n);
     // Visits the entries in memory order: entry j of the tile's group t lies at w[p].
+    const auto lines = [na](auto inner, auto nb, auto&& visit) __attribute__((always_inline)) {
+        for (int a = 0; a < na; a++)
+            for (int j = 0; j < M; j++)
+                for (int b = 0; b < nb; b++) visit(j, a * nb + b, (int64_t(a) * M + j) * inner + b);
+    };
     const auto each = [&](auto&& visit) __attribute__((always_inline)) {
-        if (inner == 1)
-            for (int a = 0; a < na; a++)
-                for (int j = 0; j < M; j++) visit(j, a, a * M + j);
-        else
-            for (int a = 0; a < na; a++)
-                for (int j = 0; j < M; j++)
-                    for (int b = 0; b < nb; b++) visit(j, a * nb + b, (int64_t(a) * M + j) * inner + b);
+        using One = std::integral_constant<int, 1>;
+        using Nine = std::integral_constant<int, 9>;
+        // Loops of a known length become vector code: contiguous groups, and 3 x 3 kernels in OIHW.
+        if (inner == 1) lines(One{}, One{}, visit);
+        else if (inner == 9) lines(Nine{}, Nine{}, visit);
+        else lines(inner, nb, visit);
     };
     each([&](int j, int t, int64_t p) { key[j][t] = std::min(Key(w[p] & Bits(~SIGN)), nan_key); });
     for (int j = 0; j < M; j++) {

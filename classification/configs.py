@@ -65,10 +65,10 @@ class OptimizerConfig:
         _require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", "0 or more", self.weight_decay)
         _require(self.clip_norm is None or self.clip_norm > 0, "optimizer.clip_norm", "above 0", self.clip_norm)
         _require(
-            not self.nesterov or (self.name == "sgd" and self.momentum > 0),
-            "optimizer.nesterov",
-            "used with sgd and a momentum above 0",
-            f"name {self.name}, momentum {self.momentum}",
+            not (self.nesterov and self.name == "sgd") or self.momentum > 0,
+            "optimizer.momentum",
+            "above 0 for nesterov",
+            self.momentum,
         )
 
 
@@ -76,7 +76,7 @@ class OptimizerConfig:
 class Config:
     """One training run."""
 
-    run: Path = Path("runs/classification")
+    folder: Path = Path("runs/classification")
     """The run's folder: config, metrics, checkpoints, summary."""
     resume: bool = False
     """Continue the run in this folder from its latest checkpoint."""
@@ -175,7 +175,7 @@ def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
     name = function.__name__
 
     def named() -> Config:
-        return replace(function(), run=Path("runs") / name)
+        return replace(function(), folder=Path("runs") / name)
 
     named.__doc__ = function.__doc__
     RECIPES[name] = named
@@ -401,7 +401,11 @@ def from_command_line(arguments: Sequence[str], prog: str) -> Config:
         print(format_table(("config", "what it trains"), [(name, make.__doc__) for name, make in RECIPES.items()]))
         sys.exit(0 if arguments else 2)
     overrides = [argument for argument in arguments[1:] if argument != "--print-config"]
-    config = tyro.cli(Config, default=get(arguments[0]), args=overrides, prog=f"{prog} {arguments[0]}")
+    base = get(arguments[0])
+    if any(override.startswith("--sparsity.method") for override in overrides):
+        # A recipe's lambda belongs to its method; another one starts from its own default.
+        base = replace(base, sparsity=replace(base.sparsity, decay=None))
+    config = tyro.cli(Config, default=base, args=overrides, prog=f"{prog} {arguments[0]}")
     if len(overrides) < len(arguments) - 1:
         print(json.dumps(config.to_dict(), indent=2))
         sys.exit(0)
@@ -410,7 +414,7 @@ def from_command_line(arguments: Sequence[str], prog: str) -> Config:
 
 def difference(one: Config, other: Config) -> list[str]:
     """The fields in which two configs differ, as ``name: one -> other``; where and how they run is left out."""
-    ignored = {"run", "resume", "device", "log_every", "checkpoint_every"}
+    ignored = {"folder", "resume", "device", "log_every", "checkpoint_every"}
     return [
         f"{f.name}: {getattr(one, f.name)} -> {getattr(other, f.name)}"
         for f in fields(Config)

@@ -22,7 +22,7 @@ def next_steps(study: Study) -> list[tuple[str, str]]:
         ("is it really 2:4?", f"{module}.core verify {study.folder / FINALIZED} --pattern {study.patterns[0]}"),
         (
             "a harder pattern",
-            f"{module}.classification.train digits_2by4 --sparsity.pattern 1:16 --run runs/digits_1by16",
+            f"{module}.classification.train digits_2by4 --sparsity.pattern 1:16 --folder runs/digits_1by16",
         ),
         ("what 2:4 does to ResNet-50", f"{module}.core inspect resnet50 --pattern 2:4"),
         ("all recipes, ImageNet's too", f"{module}.classification.train --help"),

@@ -72,12 +72,12 @@ class Study:
         words = [method, pattern.replace(":", "by"), "" if decay is None else f"{decay:g}", f"seed{seed}"]
         return replace(
             base,
-            run=self.folder / "-".join(filter(None, words)),
+            folder=self.folder / "-".join(filter(None, words)),
             sparsity=sparsity,
             epochs=self.epochs,
             seed=seed,
             log_every=self.log_every,
-            init_from=self.config("dense", seed).run if method == "asp" else None,
+            init_from=self.config("dense", seed).folder if method == "asp" else None,
         )
 
 
@@ -128,7 +128,7 @@ def conduct(study: Study) -> list[Row]:
         for name, runs, epochs in (("STE", ste, once), ("SR-STE", sr_ste, once), ("ASP", asp, twice)):
             rows.append(Row(name, pattern, epochs, [_summary(config) for config in runs[pattern]]))
     product = study.folder / FINALIZED
-    shutil.copyfile(sr_ste[study.patterns[0]][0].run / FINALIZED, product)
+    shutil.copyfile(sr_ste[study.patterns[0]][0].folder / FINALIZED, product)
     _write_report(study, rows, decays, verify(product), time.perf_counter() - started)
     _plot(study, rows)
     return rows
@@ -185,22 +185,22 @@ def _run(todo: list[Config], study: Study, what: str) -> None:
 
 
 def _train(config: Config) -> None:
-    train(replace(config, resume=(config.run / LATEST).is_file()), progress=False)
+    train(replace(config, resume=(config.folder / LATEST).is_file()), progress=False)
 
 
 def _complete(config: Config) -> bool:
-    if not (config.run / SUMMARY).is_file():
+    if not (config.folder / SUMMARY).is_file():
         return False
     changed = difference(Config.from_dict(_summary(config)["config"]), config)
     if changed:
         raise SparsityError(
-            f"{config.run} holds a run with another config ({'; '.join(changed)}); remove it or choose another --folder"
+            f"{config.folder} holds another run ({'; '.join(changed)}); remove it or choose another --folder"
         )
     return True
 
 
 def _summary(config: Config) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads((config.run / SUMMARY).read_text(encoding="utf-8"))
+    summary: dict[str, Any] = json.loads((config.folder / SUMMARY).read_text(encoding="utf-8"))
     return summary
 
 
@@ -268,7 +268,7 @@ def _plot(study: Study, rows: list[Row]) -> None:
             for row in rows:
                 if row.pattern not in ("", pattern) or (key == "flip_rate" and row.method == "dense"):
                     continue
-                curves = [_curve(Path(run["config"]["run"]), x, key) for run in row.runs]
+                curves = [_curve(Path(run["config"]["folder"]), x, key) for run in row.runs]
                 at = [point for point, _ in curves[0]]
                 values = list(zip(*([value for _, value in curve] for curve in curves), strict=True))
                 (line,) = axis.plot(at, [statistics.mean(v) for v in values], label=row.method)

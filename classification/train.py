@@ -109,13 +109,14 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train from the current position to the end, then `_finish`."""
         config, first = self.config, self.position.step
+        folder = config.folder if distributed.rank() == 0 else None
         with (
-            Run(config.run if distributed.rank() == 0 else None, config.to_dict(), config.seed, config.resume) as run,
+            Run(folder, config.to_dict(), config.seed, config.resume) as run,
             tqdm(
                 total=len(self.lr),
                 initial=first,
                 unit="step",
-                desc=str(config.run),
+                desc=str(config.folder),
                 disable=not self.progress or distributed.rank() > 0 or None,
             ) as bar,
         ):
@@ -194,14 +195,17 @@ class Trainer:
         """
         mean = float(distributed.total(loss.detach().clone())) / distributed.world()
         if not math.isfinite(mean):
-            kept = self.config.run / LATEST
-            raise SparsityError(
-                f"the loss became {mean} by step {self.position.step}; "
-                + (f"{kept} holds the last good state. " if kept.is_file() else "")
-                + "Lower --optimizer.lr, set --optimizer.clip-norm 1"
-                + (", or use --amp bf16" if self.config.amp == "fp16" else "")
-            )
+            raise self._diverged(f"the loss became {mean}")
         return mean
+
+    def _diverged(self, what: str) -> SparsityError:
+        kept = self.config.folder / LATEST
+        return SparsityError(
+            f"{what} by step {self.position.step}; "
+            + (f"{kept} holds the last good state. " if kept.is_file() else "")
+            + "Lower --optimizer.lr, set --optimizer.clip-norm 1"
+            + (", or use --amp bf16" if self.config.amp == "fp16" else "")
+        )
 
     def _flips(self, tracker: MaskTracker) -> dict[str, float]:
         flips = tracker.update()
@@ -247,13 +251,13 @@ class Trainer:
         }
         if distributed.rank() == 0:
             payload = {"state_dict": end.state_dict(), METADATA: describe(end), "config": config.to_dict()}
-            save(config.run / FINALIZED, payload)
-            write_json(config.run / SUMMARY, summary)
+            save(config.folder / FINALIZED, payload)
+            write_json(config.folder / SUMMARY, summary)
         run.log(self.position.step, _named("test", final))
         self._say(
             f"top-1 {final.top1:.2f}%, finalized {again.top1:.2f}% on {final.images} test images; "
             f"{len(checked.checked)} sparse weights verified; density {report.model_density:.3f}; "
-            f"wrote {config.run / FINALIZED}"
+            f"wrote {config.folder / FINALIZED}"
         )
         return summary
 
@@ -277,16 +281,18 @@ class Trainer:
         return model
 
     def _check_folder(self) -> None:
-        latest = self.config.run / LATEST
+        latest = self.config.folder / LATEST
         if self.config.resume and not latest.is_file():
             raise CheckpointError(f"cannot resume: there is no {latest}; leave --resume out to start")
         if not self.config.resume and latest.is_file() and distributed.rank() == 0:
             raise SparsityError(
-                f"{self.config.run} holds a run already: continue it with --resume, or choose another folder with --run"
+                f"{self.config.folder} holds a run already: continue it with --resume, or choose another --folder"
             )
 
     def _save(self, *names: str) -> None:
         """Write the run's state; its ``state_dict`` is that of the evaluated model, sparse as it stands."""
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self._diverged("the weights became infinite or NaN")
         distributed.average_buffers(self.model)
         generators = distributed.gather(torch.get_rng_state())
         if distributed.rank() > 0:
@@ -303,16 +309,18 @@ class Trainer:
             state, metadata = split(self.model)
             training["model"] = {"state_dict": state, METADATA: metadata, "averaged": int(self.ema.n_averaged)}
         for name in names:
-            save(self.config.run / name, {**payload, "training": training})
+            save(self.config.folder / name, {**payload, "training": training})
 
     def _resume(self) -> None:
-        path = self.config.run / LATEST
+        path = self.config.folder / LATEST
         payload = load(path)
         if not isinstance(payload, dict) or "training" not in payload:
             raise CheckpointError(f"{path} is not a checkpoint to resume from")
         changed = difference(Config.from_dict(payload["config"]), self.config)
         if changed:
-            raise SparsityError(f"{path} is of a run with another config ({'; '.join(changed)}); choose another --run")
+            raise SparsityError(
+                f"{path} is of a run with another config ({'; '.join(changed)}); choose another --folder"
+            )
         training = payload["training"]
         restore(self.evaluated, payload["state_dict"], payload[METADATA])
         if self.ema is not None:
@@ -324,7 +332,7 @@ class Trainer:
         if distributed.rank() < len(training["generators"]):
             torch.set_rng_state(training["generators"][distributed.rank()])
         if distributed.rank() == 0:
-            _forget_after(self.config.run, self.position.step)
+            _forget_after(self.config.folder, self.position.step)
 
 
 def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from nm_sparsity.classification import configs
 from nm_sparsity.classification.configs import Config
-from PIL import Image
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,9 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
     """A digits run of 1 epoch in 10 steps; fields of the tree are given as ``optimizer__lr=...``."""
 
     def make(recipe: str = "digits_2by4", **changes: Any) -> Config:
-        config = replace(configs.get(recipe), epochs=1, batch_size=107, log_every=1, run=tmp_path / "run", device="cpu")
+        config = replace(
+            configs.get(recipe), epochs=1, batch_size=107, log_every=1, folder=tmp_path / "run", device="cpu"
+        )
         if config.sparsity.method == "sr-ste":
             config = replace(config, sparsity=replace(config.sparsity, decay=1.0))
         config = replace(config, optimizer=replace(config.optimizer, warmup_epochs=0))

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+
 from nm_sparsity.classification import configs, train
 from nm_sparsity.classification.configs import RECIPES, Config, OptimizerConfig
 from nm_sparsity.classification.models import build
@@ -25,7 +26,7 @@ def test_every_recipe_builds_what_its_name_says(name: str) -> None:
         assert dense == ["conv1.weight", "fc.weight"]
     else:
         assert not report.sparse
-    assert config.run.name == name
+    assert config.folder.name == name
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -63,7 +64,17 @@ def test_an_unknown_config_lists_the_known_ones(capsys: pytest.CaptureFixture[st
 
 
 def test_print_config_shows_the_overridden_tree(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["--sparsity.pattern", "1:8", "--optimizer.lr", "0.3", "--sparsity.exclude", "fc", "conv1", "--ema", "0.9"]
+    overrides = [
+        "--sparsity.pattern",
+        "1:8",
+        "--optimizer.lr",
+        "0.3",
+        "--sparsity.exclude",
+        "fc",
+        "conv1",
+        "--ema",
+        "0.9",
+    ]
     with pytest.raises(SystemExit) as stop:
         train.main(["digits_2by4", "--print-config", *overrides])
     assert stop.value.code == 0
@@ -73,6 +84,14 @@ def test_print_config_shows_the_overridden_tree(capsys: pytest.CaptureFixture[st
     assert config.epochs == configs.get("digits_2by4").epochs
 
 
+def test_another_method_leaves_the_recipes_lambda_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("dense", "ste", "asp"):
+        with pytest.raises(SystemExit) as stop:
+            train.main(["digits_2by4", "--sparsity.method", method, "--print-config"])
+        assert stop.value.code == 0
+        assert json.loads(capsys.readouterr().out)["sparsity"]["decay"] is None
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
@@ -80,6 +99,7 @@ def test_print_config_shows_the_overridden_tree(capsys: pytest.CaptureFixture[st
         ("--optimizer.lr=nan", "optimizer.lr"),
         ("--optimizer.lr=fast", "optimizer.lr"),
         ("--optimizer.momentum=1", "optimizer.momentum"),
+        ("--optimizer.momentum=0", "optimizer.momentum must be above 0 for nesterov"),
         ("--optimizer.weight-decay=-0.1", "optimizer.weight_decay"),
         ("--optimizer.warmup-epochs=21", "optimizer.warmup_epochs must be at most epochs = 20"),
         ("--optimizer.clip-norm=0", "optimizer.clip_norm"),

@@ -10,10 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+
 from nm_sparsity.classification import data, distributed
 from nm_sparsity.classification.configs import Config, DataConfig
 from nm_sparsity.core import SparsityError
-from PIL import Image
 
 Tiny = Callable[..., Config]
 
@@ -151,7 +152,12 @@ def test_idx_files_round_trip_plain_and_gzipped(tmp_path: Path) -> None:
     (tmp_path / "zipped.gz").write_bytes(gzip.compress(raw))
     for name in ("plain", "zipped.gz"):
         assert np.array_equal(data.read_idx(tmp_path / name).numpy(), expected)
-    for name, content in (("short", raw[:-1]), ("empty", b""), ("foreign", b"PNG" * 9), ("short.gz", gzip.compress(raw)[:20])):
+    for name, content in (
+        ("short", raw[:-1]),
+        ("empty", b""),
+        ("foreign", b"PNG" * 9),
+        ("short.gz", gzip.compress(raw)[:20]),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(SparsityError, match=rf"{name} cannot be read .*; fetch it again"):
             data.read_idx(tmp_path / name)
@@ -240,7 +246,9 @@ def test_empty_folders_and_missing_classes_are_named(folders: Path, tmp_path: Pa
 def test_a_corrupt_image_is_named(folders: Path, tiny: Tiny, workers: int, damage: str) -> None:
     bad = folders / "train" / "n02" / "1.JPEG"
     bad.write_bytes(bad.read_bytes()[:200] if damage == "cut" else b"not an image")
-    config = tiny(data__name="imagefolder", data__root=folders, data__image_size=32, data__workers=workers, batch_size=12)
+    config = tiny(
+        data__name="imagefolder", data__root=folders, data__image_size=32, data__workers=workers, batch_size=12
+    )
     splits = data.load_splits(config.data)
     with pytest.raises(SparsityError) as caught:
         list(data.train_batches(splits.train, config, 0, 0))

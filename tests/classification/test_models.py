@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, SparsityError, sparsify
 
@@ -32,7 +33,7 @@ def test_all_but_stem_and_classifier_of_a_small_resnet_fit_every_recipes_pattern
 
 
 def test_an_unknown_model_lists_the_known_ones() -> None:
-    with pytest.raises(SparsityError, match='unknown model "resnet51"; known models: resnet8_small.*, resnet50, '):
+    with pytest.raises(SparsityError, match=r'unknown model "resnet51"; known models: resnet8_small.*, resnet50, '):
         build("resnet51", 10)
 
 

@@ -1,0 +1,157 @@
+"""What only real processes can show: torchrun, a kill in the middle of a save, a disk that is full."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nm_sparsity.classification.configs import Config
+from nm_sparsity.classification.train import train
+from nm_sparsity.core.checkpoint import load
+from nm_sparsity.core.run import read_metrics
+
+Tiny = Callable[..., Config]
+TRAIN = "nm_sparsity.classification.train"
+DIGITS = ["digits_2by4", "--device=cpu", "--batch-size=104", "--epochs=1", "--log-every=1", "--sparsity.decay=1"]
+
+
+def torchrun(environment: dict[str, str], module: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_two_processes_train_and_evaluate_like_one(
+    tiny: Tiny, tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    torchrun(environment, TRAIN, *DIGITS, f"--folder={two}", "--ema=0.5")
+    alone = tiny(batch_size=104, accumulation=2, optimizer__warmup_epochs=1.0, ema=0.5, folder=one)
+    train(alone)
+    # Two parts of a batch on one process see what two processes see, batch norm's statistics included.
+    for name, rel in (("loss", 1e-4), ("sad", 0.02)):
+        found = [line[name] for line in read_metrics(two) if name in line]
+        expected = [line[name] for line in read_metrics(one) if name in line]
+        assert len(found) == 10
+        assert found == pytest.approx(expected, rel=rel)
+    trained = [load(run / "latest.pt")["training"]["model"]["state_dict"] for run in (two, one)]
+    for name, value in trained[0].items():
+        # Each process averages its own running statistics over as many steps as there are, and they take the mean;
+        # one process with two parts averages over twice as many. Only the weights are the same.
+        if "running" not in name and "num_batches" not in name:
+            assert torch.allclose(value, trained[1][name], atol=1e-4), name
+
+    # 360 images in two shares of 180, and 359 unequal ones would show in the loss.
+    summary = json.loads((two / "summary.json").read_text())
+    assert summary["test/images"] == 360
+    sharded = json.loads(torchrun(environment, "nm_sparsity.classification.evaluate", str(two), "--device=cpu"))
+    done = subprocess.run(
+        [sys.executable, "-m", "nm_sparsity.classification.evaluate", str(two), "--device=cpu"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    single = json.loads(done.stdout)
+    assert sharded == {**single, "loss": pytest.approx(single["loss"], rel=1e-6)}
+    assert single["top1"] == summary["test/top1"]
+
+
+KILLED = """
+import os, sys, time
+from nm_sparsity.classification.train import main
+
+fsync, saves = os.fsync, 0
+
+def slow(file):
+    global saves
+    saves += 1
+    if saves == 3:
+        print("saving", flush=True)
+        time.sleep(600)
+    fsync(file)
+
+os.fsync = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    arguments = [*DIGITS, "--checkpoint-every=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, *arguments, f"--folder={run}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "saving" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
+    assert load(run / "latest.pt")["training"]["position"]["step"] == 4
+
+    command = [sys.executable, "-m", TRAIN, *arguments]
+    subprocess.run([*command, f"--folder={run}", "--resume"], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, f"--folder={whole}"], env=environment, check=True, capture_output=True)
+    found, expected = (load(folder / "finalized.pt")["state_dict"] for folder in (run, whole))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+FULL = """
+import resource, sys
+from nm_sparsity.classification import train
+
+save, saves = train.save, 0
+
+def save_until_full(path, payload):
+    global saves
+    saves += 1
+    if saves == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save(path, payload)
+
+train.save = save_until_full
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, environment: dict[str, str]) -> None:
+    """The system refuses to write more than 100 kB into a file, from the third checkpoint on."""
+    run = tmp_path / "run"
+    arguments = [*DIGITS, "--checkpoint-every=2", f"--folder={run}"]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *arguments], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 1
+    assert f"error: could not write {run}/latest.pt" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load(run / "latest.pt")["training"]["position"]["step"] == 4
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_a_users_mistake_shows_no_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        TRAIN,
+        "fashion_mnist_2by4",
+        f"--data.root={tmp_path}",
+        f"--folder={tmp_path / 'run'}",
+    ]
+    if Path("/usr/share/datasets/fashion-mnist").exists():
+        command = [sys.executable, "-m", TRAIN, "digits_2by5"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr

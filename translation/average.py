@@ -1,4 +1,4 @@
-"""Average checkpoints, or export one, for any fairseq: ``python -m nm_sparsity.translation.average FILE... --output FILE``.
+"""Average checkpoints, or export one: ``python -m nm_sparsity.translation.average FILE... --output FILE``.
 
 The result is sparse as it stands and a checkpoint of fairseq's own ``translation`` or ``language_modeling`` task: it
 needs neither our ``--user-dir`` nor this package. Averaged are the dense shadow weights, which are then masked: the

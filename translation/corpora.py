@@ -14,9 +14,9 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 from num2words import num2words
-from pydoc_data.topics import topics
 
 from nm_sparsity.core.errors import SparsityError
 
@@ -58,7 +58,8 @@ def read_pairs(source: Path, target: Path) -> list[Pair]:
     left, right = read_lines(source), read_lines(target)
     if len(left) != len(right):
         raise SparsityError(
-            f"{source} has {len(left)} lines, {target} has {len(right)}: line n of one must translate line n of the other"
+            f"{source} has {len(left)} lines, {target} has {len(right)}: line n of one must translate line n of "
+            "the other"
         )
     return list(zip(left, right, strict=True))
 

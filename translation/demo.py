@@ -1,4 +1,4 @@
-"""From raw text to BLEU in a few minutes on two cores, without a download: ``python -m nm_sparsity.translation.demo``."""
+"""From raw text to BLEU in minutes on two cores, with no download: ``python -m nm_sparsity.translation.demo``."""
 
 from __future__ import annotations
 

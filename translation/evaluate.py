@@ -22,12 +22,14 @@ import torch
 import tyro
 from fairseq import checkpoint_utils, utils
 from fairseq_cli.eval_lm import eval_lm
-from sacrebleu.metrics import BLEU, CHRF
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.chrf import CHRF
 from torch import nn
 
 from nm_sparsity.core import SparsityError, VerificationError, finalize, frozen, verify
 from nm_sparsity.core.checkpoint import METADATA, load
 from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.layers import sparse_layers
 from nm_sparsity.core.run import write_json
 from nm_sparsity.core.table import format_table
 from nm_sparsity.translation.corpora import read_lines
@@ -84,7 +86,7 @@ class Perplexity:
     pieces: int
 
 
-def load_run(checkpoint: Path, data: Path | None) -> tuple[nn.Module, Any, Any]:
+def load_run(checkpoint: Path, data: Path | None) -> tuple[Any, Any, Any]:
     """Model, task and fairseq config of a checkpoint, in eval mode, on the GPU if there is one.
 
     Raises:
@@ -93,7 +95,7 @@ def load_run(checkpoint: Path, data: Path | None) -> tuple[nn.Module, Any, Any]:
     load(checkpoint)
     overrides = {} if data is None else {"data": str(data / "bin")}
     models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
-    model: nn.Module = models[0]
+    model = models[0]
     model.eval()
     if torch.cuda.is_available():
         model.cuda()
@@ -101,7 +103,7 @@ def load_run(checkpoint: Path, data: Path | None) -> tuple[nn.Module, Any, Any]:
     return model, task, config
 
 
-def translate(model: nn.Module, task: Any, subset: str, beam: int, lenpen: float) -> list[str]:
+def translate(model: Any, task: Any, subset: str, beam: int, lenpen: float) -> list[str]:
     """The detokenized translation of every sentence of `subset`, in order."""
     generator = task.build_generator([model], Namespace(beam=beam, lenpen=lenpen, max_len_a=2, max_len_b=20))
     hypotheses: dict[int, str] = {}
@@ -112,7 +114,7 @@ def translate(model: nn.Module, task: Any, subset: str, beam: int, lenpen: float
     return [hypotheses[index] for index in range(len(hypotheses))]
 
 
-def _batches(model: nn.Module, task: Any, subset: str) -> Iterator[Any]:
+def _batches(model: Any, task: Any, subset: str) -> Iterator[Any]:
     task.load_dataset(subset)
     iterator = task.get_batch_iterator(
         dataset=task.dataset(subset),
@@ -201,19 +203,19 @@ def evaluate(options: Options) -> Translated | Perplexity:
                 f"{folder}/bin holds {len(hypotheses)} sentences, {folder}/{options.subset}.* {len(references)}: "
                 "prepare the corpus again"
             )
-        result = score(sources, hypotheses, references, compounds=prepared.corpus == "wmt14")
+        scored = score(sources, hypotheses, references, compounds=prepared.corpus == "wmt14")
         for i in random.Random(0).sample(range(len(sources)), min(options.samples, len(sources))):
-            result.samples.append({"source": sources[i], "translation": hypotheses[i], "reference": references[i]})
-        return hypotheses, result
+            scored.samples.append({"source": sources[i], "translation": hypotheses[i], "reference": references[i]})
+        return hypotheses, scored
 
     output, result = run()
-    if sparse:
+    if any(True for _ in sparse_layers(model)):  # not in an exported model, which is dense with zeros already
         finalize(model)
         if run()[0] != output:
             raise VerificationError(
                 "the finalized model does not give the output of the sparse one: please report this"
             )
-        verify(model)
+        verify(model, options.pattern)
     if options.run.is_dir():
         decoding = {"subset": options.subset, "beam": options.beam, "lenpen": options.lenpen}
         write_json(options.run / EVALUATION, {**asdict(result), **decoding, "verified": sparse})

@@ -42,9 +42,9 @@ def add_options(config: type) -> Any:
         if field.name == "patterns":
             text += " GLOB=PATTERN,..."
         # fairseq reads typing.Optional and no newer spelling.
-        kind = str if plain else Optional[float if field.name == "decay" else str]  # noqa: UP045
+        kind: Any = float if field.name == "decay" else str
         default = dataclasses.field(default=field.default if plain else None, metadata={"help": text})
-        fields.append((PREFIX + field.name, kind, default))
+        fields.append((PREFIX + field.name, kind if plain else Optional[kind], default))  # noqa: UP045
     fields += [(name, kind, II(followed)) for name, (kind, followed) in _FOLLOWED.items()]
     return dataclasses.make_dataclass(f"NM{config.__name__}", fields, bases=(config,))
 
@@ -92,6 +92,7 @@ def _attribute_docstrings(cls: type) -> dict[str, str]:
     texts = {}
     for statement, following in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            assert isinstance(statement.target, ast.Name) and isinstance(following.value, ast.Constant)
+            assert isinstance(statement.target, ast.Name)
+            assert isinstance(following.value, ast.Constant)
             texts[statement.target.id] = " ".join(str(following.value.value).split())
     return texts

@@ -1,7 +1,7 @@
 """Raw text in, a folder that fairseq trains on out: ``python -m nm_sparsity.translation.prepare CORPUS --out DIR``.
 
-DIR holds ``{train,valid,test}.{en,de}`` (cleaned text), ``spm.model`` (one joint BPE), ``bin/`` (fairseq's binary format,
-what ``fairseq-train`` takes) and ``prepared.json`` (what was done, and how many sentences each step left).
+DIR holds ``{train,valid,test}.{en,de}`` (cleaned text), ``spm.model`` (one joint BPE), ``bin/`` (fairseq's binary
+format, what ``fairseq-train`` takes) and ``prepared.json`` (what was done, and how many sentences each step left).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def split(rows: list[Row], held_out: int | None, seed: int, *, shuffle: bool = T
 
 
 def separate(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """The splits such that no sentence of one is in another, on either side: test keeps its own, then valid, then train.
+    """The splits such that no sentence of one is in another, on either side: test keeps all, then valid, then train.
 
     Raises:
         SparsityError: if a split has nothing left.
@@ -136,7 +136,8 @@ def check_separate(folder: Path, languages: list[str]) -> None:
         for number, text in enumerate(corpora.read_lines(folder / f"train.{language}"), 1):
             if sentence_key(text) in test:
                 raise SparsityError(
-                    f"{folder}/train.{language}, line {number} is in the test set too: {text[:60]!r}; prepare the corpus again"
+                    f"{folder}/train.{language}, line {number} is in the test set too: "
+                    f"{text[:60]!r}; prepare the corpus again"
                 )
 
 
@@ -291,7 +292,7 @@ def prepare_corpus(
     elif name == "libreoffice":
         rows = unique(corpora.easy_subset(unique(clean(corpora.libreoffice(folder)))))  # type: ignore[arg-type]
     elif name == "wmt14":
-        rows = dict(corpora.wmt14(folder))
+        rows = {name: list(pairs) for name, pairs in corpora.wmt14(folder).items()}
     else:
         raise SparsityError(f'unknown corpus "{name}"; known: {", ".join(VOCABULARY)}, or give --source and --target')
     settings = {"vocabulary": VOCABULARY[name], **{key: value for key, value in changes.items() if value is not None}}

@@ -33,7 +33,7 @@ from nm_sparsity.translation.evaluate import EVALUATION
 from nm_sparsity.translation.prepare import prepare_corpus
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ def write_report(study: Study) -> None:
         results_table(rows, markdown=True),
         "",
         f"Test set of {rows[0]['sentences']} sentences, beam {recipe.beam}; {rows[0]['bleu_signature']}.",
-        f"SR-STE's lambda is {recipe.sparsity.decay}. ASP starts from the dense run of its seed and trains half as long again.",
+        f"SR-STE's lambda is {recipe.sparsity.decay}. ASP starts from the dense run of its seed and trains half "
+        "as long again.",
         "",
         f"`{where['command']}`  ",
         f"{versions}; {where['cpu']}, {study.jobs} runs at a time on one core each.",

@@ -56,7 +56,7 @@ def unwrap(model: Any) -> torch.nn.Module:
 def save_checkpoint(self: Any, filename: str, extra_state: dict[str, Any]) -> str | None:
     """`Trainer.save_checkpoint`: masked weights, and beside them what a resume needs; written atomically."""
     if not hasattr(self.task, "nm_config"):
-        return _stock_save(self, filename, extra_state)  # type: ignore[no-any-return]
+        return _stock_save(self, filename, extra_state)
     if not self.should_save_checkpoint_on_current_rank:
         return None
     state = self.state_dict()
@@ -79,7 +79,7 @@ def load_checkpoint(
         CheckpointError: for a damaged file, or one of another architecture, pattern or dictionary.
     """
     if not hasattr(self.task, "nm_config"):
-        return _stock_load(self, filename, reset_optimizer, *args, **kwargs)  # type: ignore[no-any-return]
+        return _stock_load(self, filename, reset_optimizer, *args, **kwargs)
     try:
         extra: dict[str, Any] | None = _stock_load(self, filename, reset_optimizer, *args, **kwargs)
     except Exception:

@@ -65,6 +65,7 @@ def measure(
 ) -> None:
     """Time every alternative over all `weights` in one call, interleaved with a copy of them; one row each."""
     device = weights[0].device
+
     def run(masking: Masking) -> timing.Call:
         def call(_: int) -> None:
             for w in weights:

@@ -58,9 +58,7 @@ class Block(nn.Module):
 class TextEncoder(nn.Module):
     """Token ids -> hidden states, or logits over `vocabulary` with a language-model head."""
 
-    def __init__(
-        self, layers: int, width: int, heads: int, hidden: int, vocabulary: int, head: bool = False
-    ) -> None:
+    def __init__(self, layers: int, width: int, heads: int, hidden: int, vocabulary: int, head: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(Block(width, heads, hidden, causal=head) for _ in range(layers))
@@ -155,9 +153,7 @@ WORKLOADS = {
     "resnet50": Workload(_resnet("resnet50"), (3, 224, 224), exclude=("fc",)),
     "resnet18-cifar": Workload(_resnet18_cifar, (3, 32, 32), exclude=("fc",)),
     "transformer-base": Workload(Translation, (64,), 32_000),
-    "language-model": Workload(
-        lambda: TextEncoder(6, 512, 8, 2048, 8192, head=True), (512,), 8192, exclude=("head",)
-    ),
+    "language-model": Workload(lambda: TextEncoder(6, 512, 8, 2048, 8192, head=True), (512,), 8192, exclude=("head",)),
 }
 
 

@@ -83,9 +83,7 @@ def step(model: nn.Module, inputs: Tensor, amp: bool) -> Callable[[int], object]
     return call
 
 
-def measure(
-    result: Result, name: str, inputs: Tensor, device: torch.device, rounds: int, amp: bool = False
-) -> None:
+def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rounds: int, amp: bool = False) -> None:
     """Every variant of the model `name` on `inputs`; one row each."""
     setup = models.workload(name)
     torch.manual_seed(0)
@@ -124,7 +122,11 @@ def run(device: torch.device, quick: bool, threads: int, rounds: int) -> Result:
         cases = [("resnet50", (32 if quick else 256, 224)), ("language-model", (8 if quick else 32, 512))]
     else:
         torch.set_num_threads(threads)
-        cases = [("resnet18-cifar", (32, 32)), ("resnet50", (8, 32 if quick else 128)), ("language-model", (2 if quick else 8, 512))]
+        cases = [
+            ("resnet18-cifar", (32, 32)),
+            ("resnet50", (8, 32 if quick else 128)),
+            ("language-model", (2 if quick else 8, 512)),
+        ]
     for name, (batch, size) in cases:
         setup = models.workload(name)
         inputs = setup.inputs(batch, device)

@@ -60,7 +60,8 @@ def save_packed(path: str | Path, source: nn.Module | Mapping[str, Any] | str | 
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
     return path
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from nm_sparsity.core import CheckpointError, SparsityError, VerificationError, finalize, masks, sparsify
 from nm_sparsity.core.checkpoint import METADATA, save, split
 from nm_sparsity.core.packed import FORMAT, POSITIONS, load_packed, pack, save_packed, unpack
 from nm_sparsity.core.record import Groups
-from torch import Tensor, nn
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -142,7 +143,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, damage) -> None:  # type: i
     assert metadata["format"] == FORMAT
     damage(tensors, metadata)
     safetensors_torch.save_file(tensors, path, metadata)
-    with pytest.raises(CheckpointError, match="does not fit its tensors|not a packed file of ours"):
+    with pytest.raises(CheckpointError, match=r"does not fit its tensors|not a packed file of ours"):
         load_packed(path)
 
 

@@ -1,0 +1,181 @@
+"""Whether 2:4 will pay, before any training: `python -m nm_sparsity.benchmarks.plan resnet50 --device h100`.
+
+For every layer: can torch run it 2:4 and if not why, the most the hardware could gain by the roofline, and the verdict;
+then the most that the whole model can gain. Elementwise work and launches are left out, so reality is below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nm_sparsity.benchmarks import devices, models
+from nm_sparsity.benchmarks.devices import Device, Product
+from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.export import obstacle
+from nm_sparsity.core.flops import count_flops
+from nm_sparsity.core.table import format_table
+
+WORTH = 1.05
+"""A ceiling below this does not pay: measured gains stay well below their ceilings."""
+
+ITEMSIZE = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight's product on a device; `obstacle` says why torch cannot run it 2:4."""
+
+    name: str
+    product: Product
+    obstacle: str
+    ceiling: float
+    bound: str
+    share: float
+    """The part of the dense model's time at the roofline."""
+
+    @property
+    def verdict(self) -> str:
+        """ "pays" or why not."""
+        if self.obstacle:
+            return f"no: {self.obstacle}"
+        return "pays" if self.ceiling >= WORTH else f"no: at most {self.ceiling:.2f}x"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What 2:4 can gain on a model at most."""
+
+    layers: tuple[Layer, ...]
+    ceiling: float
+    """Of the whole model, with the layers that torch can run."""
+    hardware_ceiling: float
+    """Of the whole model, if every N:M layer had a kernel."""
+
+    def __str__(self) -> str:
+        headers = ["layer", "tokens", "weight", "bound", "of time", "ceiling", "verdict"]
+        rows = [
+            (
+                layer.name.removesuffix(".weight"),
+                layer.product.tokens,
+                f"{layer.product.rows}x{layer.product.columns}",
+                layer.bound,
+                f"{layer.share:.1%}",
+                f"{layer.ceiling:.2f}x",
+                layer.verdict,
+            )
+            for layer in self.layers
+        ]
+        pays = sum(layer.verdict == "pays" for layer in self.layers)
+        return (
+            f"{format_table(headers, rows)}\n{pays} of {len(self.layers)} layers pay; the whole model gains at most "
+            f"{self.ceiling:.2f}x with torch's kernels ({self.hardware_ceiling:.2f}x if every sparse layer had one)"
+        )
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    device: Device,
+    pattern: str = "2:4",
+    dtype: str = "fp16",
+    exclude: Sequence[str] = (),
+) -> Plan:
+    """The plan for a model, which is run once (free on the meta device) and left as it was.
+
+    Raises:
+        SparsityError: for an unknown dtype or a device without tensor cores for it.
+    """
+    if dtype not in ITEMSIZE:
+        raise SparsityError(f'unknown dtype "{dtype}"; known: {", ".join(ITEMSIZE)}')
+    itemsize = ITEMSIZE[dtype]
+    total, flops = count_flops(model, inputs)
+    modules = dict(model.named_modules())
+    report = sparsify(model, pattern, exclude=exclude)
+    unsparsify(model)
+
+    rest = max(0, total - sum(flops.values())) / device.peak(itemsize)
+    found = []
+    for weight in report.weights:
+        if weight.name not in flops:
+            continue
+        owner, _, parameter = weight.name.rpartition(".")
+        rows, columns = weight.shape[0], weight.size // weight.shape[0]
+        reuse = columns // weight.shape[1] if len(weight.shape) > 2 else 1
+        product = Product(flops[weight.name] // (2 * weight.size), rows, columns, itemsize, reuse)
+        why = weight.note if not weight.sparse else ""
+        why = why or ("" if NMPattern.parse(pattern) == NMPattern(2, 4) else "the hardware runs only 2:4")
+        why = why or ("" if device.sparse_tensor_cores else f"{device.name} has no sparse tensor cores")
+        eligible = not why
+        why = why or obstacle(modules[owner], parameter, weight.shape, _dtype(dtype), "cusparselt")
+        found.append((weight.name, product, why, eligible))
+    dense = rest + sum(product.dense_seconds(device) for _, product, _, _ in found)
+    layers = tuple(
+        Layer(
+            name,
+            product,
+            why,
+            product.ceiling(device) if eligible else 1.0,
+            product.bound(device),
+            product.dense_seconds(device) / dense,
+        )
+        for name, product, why, eligible in found
+    )
+
+    def ceiling(counts: Any) -> float:
+        gained = sum(layer.share * (1 - 1 / layer.ceiling) for layer in layers if counts(layer))
+        return 1 / (1 - gained)
+
+    return Plan(layers, ceiling(lambda layer: not layer.obstacle), ceiling(lambda layer: True))
+
+
+def _dtype(name: str) -> torch.dtype:
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[name]
+
+
+def for_workload(name: str, batch: int, device: Device, pattern: str = "2:4", dtype: str = "fp16") -> Plan:
+    """The plan for one of our benchmark models or a torchvision one, on the meta device.
+
+    Raises:
+        SparsityError: for an unknown name.
+    """
+    setup = models.workload(name)
+    with torch.device("meta"):
+        return plan(setup.build(), setup.inputs(batch, "meta"), device, pattern, dtype, setup.exclude)
+
+
+@command_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help=f"{', '.join(models.WORKLOADS)}, or a torchvision model")
+    parser.add_argument("--pattern", default="2:4", help="N:M (default 2:4)")
+    parser.add_argument("--device", default="h100", help=f"{', '.join(devices.DEVICES)} (default h100)")
+    parser.add_argument("--batch", type=int, default=32, help="examples at a time (default 32)")
+    parser.add_argument("--dtype", default="fp16", help=f"{', '.join(ITEMSIZE)} (default fp16)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        raise SparsityError("--batch must be at least 1")
+    device = devices.find(args.device)
+    result = for_workload(args.model, args.batch, device, args.pattern, args.dtype)
+    if not args.json:
+        print(f"{args.model}, {args.pattern}, batch {args.batch}, {args.dtype}, on {device.name}\n{result}")
+        return
+    rows = [
+        {"layer": layer.name, **vars(layer.product), "ceiling": layer.ceiling, "verdict": layer.verdict}
+        for layer in result.layers
+    ]
+    totals = {"ceiling": result.ceiling, "hardware_ceiling": result.hardware_ceiling}
+    print(json.dumps({"model": args.model, "device": device.name, **totals, "layers": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,253 @@
+"""Acceleration, tested without a GPU: torch's own compressed tensors on the CPU with only their product emulated."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUTLASS as Cutlass
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from nm_sparsity.core import SparsityError, VerificationError, export, finalize, keep_largest, sparsify
+from nm_sparsity.core.export import SemiStructuredConv2d, SemiStructuredLinear, to_onnx, to_semi_structured
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems to have CUTLASS. Compression and dispatch are torch's own; the product decompresses."""
+
+    def mm(self: Any, dense: Tensor, *, bias: Tensor | None = None, should_transpose_dense: bool = False) -> Tensor:
+        assert should_transpose_dense
+        weight = sparse_semi_structured_to_dense_cutlass(self.packed, self.meta)
+        out = dense.float() @ weight.t().float()
+        return (out if bias is None else out + bias.float()).to(dense.dtype)
+
+    monkeypatch.setattr(export, "unavailable", lambda backend, device: "" if backend == "cutlass" else "not emulated")
+    monkeypatch.setattr(Cutlass, "_validate_device_dim_dtype_shape", classmethod(lambda cls, w: None))
+    monkeypatch.setattr(Cutlass, "_mm", mm)
+
+
+def finalized(model: nn.Module, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    sparsify(model, "2:4", **options)
+    finalize(model)
+    return model.half().eval()
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3),
+        nn.Conv2d(64, 64, 1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 96, (1, 1), padding="same", bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
+
+
+def test_output_equals_the_masked_dense_model(emulated: None) -> None:
+    model = finalized(net(), exclude=["6"])
+    dense, x = copy.deepcopy(model), torch.randn(2, 3, 9, 9).half()
+    report = to_semi_structured(model)
+    assert report.backend == "cutlass"
+    assert report.converted == ("1.weight", "3.weight")
+    assert {type(model[1]), type(model[3])} == {SemiStructuredConv2d}
+    notes = {name: note for name, _, _, note in report.rows}
+    assert "no 2:4 convolution" in notes["0.weight"]
+    assert "multiples of 32 x 64" in notes["6.weight"]
+    assert "2 of 4 weights run 2:4 on cutlass" in str(report)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
+        one, images = x[0], model[1](model[0](x))
+        torch.testing.assert_close(model[1](model[0](one)), images[0], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)])
+def test_linear_takes_any_leading_shape_and_strides(emulated: None, shape: tuple[int, ...]) -> None:
+    model = finalized(nn.Sequential(nn.Linear(64, 32)))
+    dense, x = copy.deepcopy(model), torch.randn(shape).half()
+    to_semi_structured(model, search=False)
+    assert type(model[0]) is SemiStructuredLinear
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
+        if len(shape) == 3:
+            x = torch.randn(shape[1], shape[0], 64).half().transpose(0, 1)
+            torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
+
+
+def test_works_under_compile(emulated: None) -> None:
+    model = finalized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
+    dense, x = copy.deepcopy(model), torch.randn(4, 64).half()
+    to_semi_structured(model)
+    with torch.no_grad():
+        result = torch.compile(model, backend="aot_eager")(x)
+        torch.testing.assert_close(result, dense(x), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # in the dense model's fast path
+def test_transformer_layers_leave_their_fast_path(emulated: None) -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = finalized(nn.TransformerEncoder(layer, 2)).float()
+    model.half()
+    dense, x = copy.deepcopy(model), torch.randn(2, 5, 64).half()
+    report = to_semi_structured(model)
+    assert len(report.converted) == 4
+    assert all("linear" in name for name in report.converted)
+    padding = torch.tensor([[False] * 5, [False, False, True, True, True]])
+    with torch.no_grad():
+        expected, result = dense(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(result[~padding], expected[~padding], rtol=1e-2, atol=1e-2)
+
+
+def test_the_algorithm_is_searched_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = []
+
+    def fastest(weight: Tensor, bias: Tensor | None, tokens: int) -> int:
+        searched.append((tuple(weight.shape), tokens))
+        return 7
+
+    monkeypatch.setattr(export, "unavailable", lambda backend, device: "")
+    monkeypatch.setattr(export, "compress", lambda matrix, backend: matrix.clone())
+    monkeypatch.setattr(export, "_fastest_algorithm", fastest)
+    model = finalized(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16)))
+    report = to_semi_structured(model, tokens=99)
+    assert report.backend == "cusparselt"
+    assert searched == [((32, 32), 99), ((16, 32), 99)]
+    assert [algorithm for _, _, algorithm, _ in report.rows] == [7, 7, 7]
+
+
+def test_the_faster_of_two_algorithms_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(4, 8)
+    weight.packed = weight  # type: ignore[attr-defined]
+    monkeypatch.setattr(export, "search_algorithm", lambda packed, dense, bias: (5, 1))
+    for default, searched, expected in ((1.0, 2.0, 0), (2.0, 1.0, 5)):
+        times = {0: default, 5: searched}
+        monkeypatch.setattr(export, "_milliseconds", lambda call, t=times: t[weight.alg_id_cusparselt])  # type: ignore[attr-defined]
+        assert export._fastest_algorithm(weight, None, 3) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
+def test_compression_loses_nothing_that_is_2_4(dtype: torch.dtype) -> None:
+    w = keep_largest(torch.randn(64, 128), "2:4")
+    w = (w * 50).to(dtype) if dtype == torch.int8 else w.to(dtype)
+    packed, meta = sparse_semi_structured_from_dense_cutlass(w)
+    assert packed.shape == (64, 64)
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(packed, meta), w)
+
+
+def test_a_weight_that_is_not_2_4_is_refused_by_name(emulated: None) -> None:
+    model = finalized(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
+    with torch.no_grad():
+        model[1].weight[0, :3] = 1.0
+    with pytest.raises(VerificationError, match=r"1\.weight is not 2:4 .* 1 of 1,024 groups"):
+        to_semi_structured(model)
+    assert type(model[0]) is nn.Linear  # nothing was converted before the refusal
+
+
+def test_other_zeros_than_2_4_are_refused_and_dense_layers_left(emulated: None) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).half()
+    with torch.no_grad():
+        model[0].weight[:, :32] = 0
+    with pytest.raises(VerificationError, match=r"0\.weight is not 2:4"):
+        to_semi_structured(model)
+    report = to_semi_structured(model[1])
+    assert [note for *_, note in report.rows] == ["dense"]
+    other = nn.Sequential(nn.Linear(64, 64))
+    sparsify(other, "4:8")
+    finalize(other)
+    assert [note for *_, note in to_semi_structured(other.half()).rows] == ["4:8: the hardware runs only 2:4"]
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+@pytest.mark.parametrize(
+    ("module", "dtype", "backend", "expected"),
+    [
+        (nn.Linear(64, 64), torch.float32, "cusparselt", "cusparselt has no float32"),
+        (nn.Linear(64, 8), torch.float16, "cusparselt", "multiples of 16 x 16"),
+        (nn.Linear(48, 64), torch.bfloat16, "cutlass", "multiples of 32 x 64"),
+        (nn.Linear(48, 48), torch.bfloat16, "cusparselt", ""),
+        (nn.Conv2d(64, 64, 3), torch.float16, "cusparselt", "no 2:4 convolution"),
+        (nn.Conv2d(64, 64, 1, groups=2), torch.float16, "cusparselt", "no 2:4 convolution"),
+        (nn.Conv2d(64, 64, 1, padding=1), torch.float16, "cusparselt", "no 2:4 convolution"),
+        (nn.ConvTranspose2d(64, 64, 1), torch.float16, "cusparselt", "no 2:4 ConvTranspose2d"),
+        (nn.Conv1d(64, 64, 1), torch.float16, "cusparselt", "no 2:4 Conv1d"),
+        (OwnForward(64, 64), torch.float16, "cusparselt", "OwnForward computes in its own way"),
+        (nn.MultiheadAttention(64, 4).out_proj, torch.float16, "cusparselt", "MultiheadAttention uses it"),
+    ],
+)
+def test_obstacles(module: nn.Module, dtype: torch.dtype, backend: str, expected: str) -> None:
+    weight: Any = module.weight
+    found = export.obstacle(module, "weight", weight.shape, dtype, backend)
+    assert expected in found
+    assert bool(expected) == bool(found)
+
+
+def test_without_a_gpu_it_says_what_is_needed() -> None:
+    model = finalized(nn.Sequential(nn.Linear(64, 64)))
+    with pytest.raises(SparsityError, match="needs an NVIDIA GPU, and the model is on cpu"):
+        to_semi_structured(model)
+    with pytest.raises(SparsityError, match='unknown backend "cuda"; known: auto, cusparselt, cutlass'):
+        to_semi_structured(model, backend="cuda")
+    with pytest.raises(SparsityError, match="must be on one device, found none"):
+        to_semi_structured(nn.ReLU())
+    training = nn.Sequential(nn.Linear(64, 64))
+    sparsify(training)
+    with pytest.raises(SparsityError, match="call finalize"):
+        to_semi_structured(training)
+
+
+@pytest.mark.parametrize(
+    ("capability", "backend", "expected"),
+    [
+        ((7, 5), "cusparselt", "compute capability 8.0 or newer), and this GPU has 7.5"),
+        ((8, 6), "cutlass", ""),
+        ((9, 0), "cutlass", "on compute capability 8.x only, and this GPU has 9.0"),
+        ((9, 0), "cusparselt", ""),
+    ],
+)
+def test_what_a_gpu_has(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], backend: str, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    assert expected in export.unavailable(backend, torch.device("cuda"))
+    if capability == (7, 5):
+        with pytest.raises(SparsityError, match="2:4 cannot be accelerated here: needs sparse Tensor Cores"):
+            export.choose_backend("auto", torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    if capability == (9, 0):
+        with pytest.raises(SparsityError, match=r"without cuSPARSELt; torch's CUTLASS kernels run on .* 8\.x only"):
+            export.choose_backend("auto", torch.device("cuda"))
+
+
+def test_onnx_keeps_the_zeros_and_the_answers(tmp_path: Path) -> None:
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = finalized(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))).float()
+    x = torch.randn(3, 8, 3, 3)
+    path = to_onnx(model, (x,), tmp_path / "new" / "model.onnx")
+    (result,) = onnxruntime.InferenceSession(str(path)).run(None, {onnx.load(path).graph.input[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(result), model(x), rtol=1e-4, atol=1e-5)
+    weights = [torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in onnx.load(path).graph.initializer]
+    zeros = sorted(int((w == 0).sum()) for w in weights if w.dim() > 1)
+    assert zeros == sorted(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
+
+
+def test_onnx_refuses_a_model_in_training(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model)
+    with pytest.raises(SparsityError, match="call finalize"):
+        to_onnx(model, (torch.randn(1, 8),), tmp_path / "m.onnx")

@@ -52,8 +52,9 @@ def decay_strength(model: nn.Module) -> float | None:
     """lambda * sum(lr) over all optimizer steps so far: how strongly dropped weights were decayed.
 
     With plain SGD a weight that is dropped throughout shrinks by about exp(-strength), with momentum by
-    exp(-strength / (1 - momentum)). About 6 in the paper's ImageNet run; below 0.1 SR-STE acts like STE. ``None`` if
-    the method has no decay or has not been stepped.
+    exp(-strength / (1 - momentum)). About 6 in the paper's ImageNet run; below 0.1 SR-STE acts like STE. Adaptive
+    optimizers divide the term by the gradient's magnitude, which no such scale describes. ``None`` if the method has
+    no decay or has not been stepped.
     """
     strengths = [
         sparse.method.hyperparameters().get("decay", 0.0) * float(sparse.lr_sum)
@@ -64,9 +65,9 @@ def decay_strength(model: nn.Module) -> float | None:
 
 
 def warn_if_weak(model: nn.Module) -> None:
-    """Warn if SR-STE's decay was too weak to matter in the steps so far."""
+    """Warn if SR-STE's decay was too weak to matter in the SGD steps so far."""
     strength = decay_strength(model)
-    if strength is not None:
+    if strength is not None and not any(s.preconditioned for _, _, s in layers.sparse_weights(model)):
         warn_if_strength_is_weak(strength)
 
 
@@ -85,6 +86,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     held = _held(optimizer)
     for _, sparse, lr in held:
         sparse.lr_sum = sparse.lr_sum + lr
+        sparse.preconditioned |= not isinstance(optimizer, torch.optim.SGD)
     _treat(optimizer, held)
     _warn_unheld(held)
     positional = len(args) > 1  # args[0] is the optimizer itself

@@ -52,6 +52,8 @@ class SparseWeight:
     state: dict[str, Any] = field(default_factory=dict)
     lr_sum: float | Tensor = 0.0
     """Sum of the learning rates of all optimizer steps so far: lambda * lr_sum is the strength of the decay."""
+    preconditioned: bool = False
+    """Whether an adaptive optimizer stepped it, under which the strength has no natural scale."""
 
 
 _METHODS: dict[str, type[Method]] = {}

@@ -259,3 +259,8 @@ def test_a_decay_too_weak_to_matter_is_warned_about() -> None:
         finalize(net)
     with warnings.catch_warnings(action="error"):
         warn_if_strength_is_weak(6.0)
+        net = nn.Sequential(nn.Linear(8, 8))
+        sparsify(net, decay=1e-4)
+        net(torch.randn(2, 8)).sum().backward()
+        torch.optim.AdamW(net.parameters()).step()
+        finalize(net)  # Adam divides the term by the gradient's size: the same number says nothing

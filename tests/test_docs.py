@@ -34,6 +34,8 @@ NOT_RUN = {
     "make demo-translation": "eight minutes of training; its parts are tested",
     "make demo-detection": "ten minutes of training; its parts are tested",
     "make test": "this is it",
+    "pip install .": "test_structure builds the wheel and imports what is in it",
+    'pip install ".[classification]"': "as above",
     "make bench": "minutes of measuring; each benchmark is tested with small sizes",
 }
 """Commands that need data, GPUs or minutes. Training commands among the others run with --print-config."""

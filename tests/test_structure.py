@@ -1,6 +1,8 @@
 """The layout that pyproject.toml and the import rules promise."""
 
 import ast
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -60,6 +62,31 @@ def test_core_under_another_name_is_refused() -> None:
     run = subprocess.run([sys.executable, "-c", "import core"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert "import this package as nm_sparsity.core" in run.stderr
+
+
+def test_the_wheel_holds_every_package_its_data_and_the_compiled_kernel(tmp_path: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install", "--no-deps"]
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    subprocess.run([*pip, "--target", str(tmp_path / "site"), str(source)], check=True, capture_output=True)
+    installed = tmp_path / "site" / "nm_sparsity"
+    for folder in FOLDERS:
+        for path in (source / folder).rglob("*.py"):
+            assert (installed / path.relative_to(source)).is_file()
+    assert not (tmp_path / "site" / "core").exists(), "a top-level core would break other people's software"
+    code = (
+        "import torch, nm_sparsity.core as core\n"
+        "from nm_sparsity.core.kernels import cpu\n"
+        f"assert core.__file__.startswith({str(installed)!r}), core.__file__\n"
+        "assert (cpu.library() is not None) == bool(__import__('shutil').which('c++'))\n"
+        "layer = torch.nn.Linear(8, 8); core.sparsify(layer); core.finalize(layer); core.verify(layer)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_tests_are_no_package() -> None:

@@ -39,6 +39,7 @@ def processes(device: str) -> Iterator[torch.device]:
     here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(here)
+        torch.backends.cudnn.benchmark = True  # batches keep their shape
     joined = "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized()
     if joined:
         dist.init_process_group("nccl" if cuda else "gloo")

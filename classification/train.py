@@ -269,7 +269,8 @@ class Trainer:
         config = self.config
         model = build(config.model, self.splits.classes)
         if config.pretrained:
-            load_pretrained(model, config.model, config.pretrained)
+            if fresh := load_pretrained(model, config.model, config.pretrained):
+                self._say(f"{', '.join(fresh)} start untrained: {config.pretrained} is for other classes")
         elif config.init_from:
             path = find_checkpoint(config.init_from)
             restore(model, find_parts(load(path), path)[0])

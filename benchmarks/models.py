@@ -193,7 +193,7 @@ def layer_set(name: str) -> list[tuple[int, ...]]:
             model = WORKLOADS["resnet50"].build()
         return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3]
     if name == "bert-large":
-        return [(1024, 1024)] * 24 * 4 + [(4096, 1024), (1024, 4096)] * 24
+        return [*[(1024, 1024)] * 24 * 4, *[(4096, 1024), (1024, 4096)] * 24]
     if name == "llama-7b-ffn":
         return [(11008, 4096), (11008, 4096), (4096, 11008)]
     raise SparsityError(f'unknown layer set "{name}"; known: resnet50, bert-large, llama-7b-ffn')

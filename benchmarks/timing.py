@@ -66,12 +66,13 @@ def compare(
 
 
 def sample(call: Call, device: torch.device, calls: int) -> float:
-    """Seconds a call, over `calls` calls in a row."""
+    """Seconds a call, over `calls` calls in a row; a `CudaGraph` counts for the calls in it."""
+    work = calls * (call.calls if isinstance(call, CudaGraph) else 1)
     if device.type != "cuda":
         start = time.perf_counter()
         for i in range(calls):
             call(i)
-        return (time.perf_counter() - start) / calls
+        return (time.perf_counter() - start) / work
     torch.cuda.synchronize(device)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
@@ -79,25 +80,43 @@ def sample(call: Call, device: torch.device, calls: int) -> float:
         call(i)
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / 1e3 / calls
+    seconds: float = first.elapsed_time(last) / 1e3
+    return seconds / work
 
 
-def cuda_graph(call: Call, calls: int) -> Call:
-    """`calls` calls of `call` captured as one CUDA graph; the result replays it and must be divided by `calls`.
+class CudaGraph:
+    """`calls` calls of a function captured as one CUDA graph, replayed by calling this.
 
     Without launches from Python between the kernels: what a small product costs on the GPU alone.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(3):
-            call(i)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i)
-    return lambda _: graph.replay()
+
+    def __init__(self, call: Call, calls: int) -> None:
+        self.calls = calls
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for i in range(3):
+                call(i)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for i in range(calls):
+                call(i)
+
+    def __call__(self, _: int) -> None:
+        self._graph.replay()
+
+
+class Budget:
+    """So many minutes, counted from now; without a number, endless."""
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def spent(self) -> bool:
+        """Whether they are over."""
+        return self._end is not None and time.monotonic() > self._end
 
 
 def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:

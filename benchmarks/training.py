@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nm_sparsity.benchmarks import models, results, timing
-from nm_sparsity.benchmarks.results import Result
+from nm_sparsity.benchmarks import models, report, timing
+from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import SparsityError, sparsify
 from nm_sparsity.core.errors import command_line
 
@@ -40,7 +40,7 @@ class _Published(torch.autograd.Function):
         return w * mask
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         w, mask = ctx.saved_tensors
         return grad + ctx.decay * (1 - mask) * w, None, None, None
 
@@ -115,9 +115,8 @@ def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rou
         result.rows[-1]["peak MiB"] = memory[variant]
 
 
-def run(device: torch.device, quick: bool, threads: int, rounds: int) -> Result:
+def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 7) -> None:
     """The whole benchmark: small inputs on a CPU, those of real training on a GPU."""
-    result = Result("training", results.device_name(device))
     if device.type == "cuda":
         cases = [("resnet50", (32 if quick else 256, 224)), ("language-model", (8 if quick else 32, 512))]
     else:
@@ -136,21 +135,21 @@ def run(device: torch.device, quick: bool, threads: int, rounds: int) -> Result:
         measure(result, name, inputs, device, 2 if quick else rounds, amp=device.type == "cuda")
     if device.type == "cpu":
         result.add(model="resnet50", input="256x3x224x224", dtype="bf16 autocast", not_run="needs CUDA")
-    return result
 
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results.add_arguments(parser)
+    report.add_arguments(parser)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each variant (default 7)")
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:
         raise SparsityError("--threads and --rounds must be at least 1")
-    results.writable(args.out)
-    results.finish(run(results.choose_device(args.device), args.quick, args.threads, args.rounds), args.out)
+    device = report.choose_device(args.device)
+    with report.saved("training", device, args.out) as result:
+        run(result, device, args.quick, args.threads, args.rounds)
 
 
 if __name__ == "__main__":

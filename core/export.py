@@ -137,7 +137,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
         for name, reason in reasons.items():
             if not reason:
                 return name
-        raise SparsityError(f"2:4 cannot be accelerated here: {'; '.join(dict.fromkeys(reasons.values()))}")
+        why = "; ".join(dict.fromkeys(reasons.values()))
+        raise SparsityError(f"2:4 cannot be accelerated here: {why} (a finalized model goes there by .half().cuda())")
     if reasons[backend]:
         raise SparsityError(f"{backend} is not available: {reasons[backend]}")
     return backend
@@ -146,7 +147,7 @@ def choose_backend(backend: str, device: torch.device) -> str:
 def unavailable(backend: str, device: torch.device) -> str:
     """Why `backend` cannot run on `device`; empty if it can."""
     if device.type != "cuda":
-        return f"needs an NVIDIA GPU, and the model is on {device.type}: model.half().cuda()"
+        return f"needs an NVIDIA GPU, found {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"needs sparse Tensor Cores (compute capability 8.0 or newer), and this GPU has {major}.{minor}"
@@ -191,10 +192,13 @@ def compress(matrix: Tensor, backend: str) -> Any:
     return weight
 
 
-def search_algorithm(packed: Tensor, dense: Tensor, bias: Tensor | None) -> tuple[int, int]:
-    """cuSPARSELt's fastest (algorithm, split-k) for ``packed @ dense`` with a transposed result."""
-    found = torch._C._cusparselt.mm_search(packed, dense, bias, None, None, True)
-    return int(found[0]), int(found[1])
+def search_algorithm(
+    packed: Tensor, dense: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[int, int, int]:
+    """cuSPARSELt's fastest (algorithm, split-k, split-k mode) for ``packed @ dense`` with a transposed result."""
+    cusparselt: Any = torch._C._cusparselt
+    algorithm, split_k, mode, *_ = cusparselt.mm_search(packed, dense, bias, None, out_dtype, True)
+    return algorithm, split_k, mode
 
 
 def to_onnx(model: nn.Module, inputs: tuple[Any, ...], path: str | Path, **options: Any) -> Path:
@@ -255,7 +259,7 @@ def _violation(name: str, param: Tensor, groups: record.Groups | None) -> str:
 
 def _fastest_algorithm(weight: Any, bias: Tensor | None, tokens: int) -> int:
     x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    found, _ = search_algorithm(weight.packed, x.t(), bias)
+    found, *_ = search_algorithm(weight.packed, x.t(), bias)
     times = {}
     for algorithm in {0, found}:
         weight.alg_id_cusparselt = algorithm
@@ -272,7 +276,8 @@ def _milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
         call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / repeats
+    milliseconds: float = start.elapsed_time(end) / repeats
+    return milliseconds
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

@@ -36,7 +36,10 @@ def save_packed(path: str | Path, source: nn.Module | Mapping[str, Any] | str | 
     state, table = _state_and_table(source)
     if missing := table.keys() - state.keys():
         raise VerificationError(f"the table of sparse weights names {min(missing)}, which is not in the state dict")
-    tensors, layers, tied, first = {}, {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    tied: dict[str, str] = {}
+    first: dict[Any, str] = {}
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise SparsityError(f"{name} is {type(value).__name__}: only tensors can be packed")

@@ -127,7 +127,7 @@ def test_the_algorithm_is_searched_once_a_shape(monkeypatch: pytest.MonkeyPatch)
 def test_the_faster_of_two_algorithms_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(4, 8)
     weight.packed = weight  # type: ignore[attr-defined]
-    monkeypatch.setattr(export, "search_algorithm", lambda packed, dense, bias: (5, 1))
+    monkeypatch.setattr(export, "search_algorithm", lambda packed, dense, bias: (5, 1, 0))
     for default, searched, expected in ((1.0, 2.0, 0), (2.0, 1.0, 5)):
         times = {0: default, 5: searched}
         monkeypatch.setattr(export, "_milliseconds", lambda call, t=times: t[weight.alg_id_cusparselt])  # type: ignore[attr-defined]
@@ -196,7 +196,7 @@ def test_obstacles(module: nn.Module, dtype: torch.dtype, backend: str, expected
 
 def test_without_a_gpu_it_says_what_is_needed() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64)))
-    with pytest.raises(SparsityError, match="needs an NVIDIA GPU, and the model is on cpu"):
+    with pytest.raises(SparsityError, match="cannot be accelerated here: needs an NVIDIA GPU, found cpu"):
         to_semi_structured(model)
     with pytest.raises(SparsityError, match='unknown backend "cuda"; known: auto, cusparselt, cutlass'):
         to_semi_structured(model, backend="cuda")

@@ -1,0 +1,244 @@
+"""Result files, their pictures, and the page that is drawn from them.
+
+A result is one JSON document: the environment, and rows of one measurement each. A measurement that this machine
+cannot do is a row too, with the reason under "not_run". `python -m nm_sparsity.benchmarks.report` redraws README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nm_sparsity.core import SparsityError
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.run import environment
+from nm_sparsity.core.table import format_table
+
+Row = dict[str, Any]
+NOT_RUN = "not_run"
+DEFAULT_FOLDER = "runs/benchmarks"
+COMMITTED = Path(__file__).parent / "results"
+MOST_BARS = 60
+
+
+@dataclass
+class Result:
+    """The rows of one benchmark on one device."""
+
+    what: str
+    device: str
+    rows: list[Row] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=environment)
+
+    def add(self, **row: Any) -> None:
+        """Append a row; the values are text, numbers, None or lists of numbers."""
+        self.rows.append(row)
+
+    def table(self, columns: Sequence[str] | None = None, markdown: bool = False) -> str:
+        """The rows under the given columns (default all), "not run: why" in the last one where it applies."""
+        names = list(columns or dict.fromkeys(key for row in self.rows for key in row if key != NOT_RUN))
+        notes = any(NOT_RUN in row for row in self.rows)
+        cells = [
+            [_cell(row.get(name)) for name in names]
+            + ([f"not run: {row[NOT_RUN]}" if NOT_RUN in row else ""] if notes else [])
+            for row in self.rows
+        ]
+        return format_table([*names, *([""] if notes else [])], cells, markdown)
+
+    @property
+    def name(self) -> str:
+        """``<what>_<device>_<torch>_<date>``."""
+        date = datetime.fromisoformat(self.environment["time"]).strftime("%Y-%m-%d")
+        return f"{self.what}_{slug(self.device)}_{str(self.environment['torch']).partition('+')[0]}_{date}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``<name>.json`` into `folder`.
+
+        Raises:
+            SparsityError: if it cannot be written.
+        """
+        path = writable(folder) / f"{self.name}.json"
+        rows = ",\n  ".join(json.dumps(row) for row in self.rows)
+        head = json.dumps({"what": self.what, "device": self.device, "environment": self.environment}, indent=1)
+        path.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """The result in a file.
+
+        Raises:
+            SparsityError: if it is not one.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise SparsityError(f"{path} is not a result file: {error}") from error
+
+
+def slug(text: str) -> str:
+    """`text` in lower case with everything but letters, digits and dots as single hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the hardware behind `device`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(environment()["cpu"])
+
+
+def writable(folder: str | Path) -> Path:
+    """`folder`, made if need be.
+
+    Raises:
+        SparsityError: if nothing can be written there; called before a measurement, not after it.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe-{datetime.now(UTC).timestamp()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SparsityError(f"cannot write results to {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for "cpu", "cuda" or "auto".
+
+    Raises:
+        SparsityError: if there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise SparsityError(f'unknown device "{name}"; choose cpu, cuda or auto')
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SparsityError("there is no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that every benchmark has."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
+    parser.add_argument("--out", default=DEFAULT_FOLDER, help=f"folder for the result files (default {DEFAULT_FOLDER})")
+
+
+@contextmanager
+def saved(what: str, device: torch.device, folder: str | Path) -> Iterator[Result]:
+    """A result to fill; at the end, or when a measurement fails, it is printed, plotted and saved.
+
+    Raises:
+        SparsityError: at once, if `folder` cannot be written.
+    """
+    writable(folder)
+    result = Result(what, device_name(device))
+    try:
+        yield result
+    except Exception as error:
+        result.add(
+            **{NOT_RUN: f"stopped by {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        )
+        raise
+    finally:
+        print(result.table())
+        path = result.save(folder)
+        print(f"wrote {path}" + (f" and {picture.name}" if (picture := plot(result, path)) else ""))
+
+
+CHARTS = {
+    "masks": ("ns/weight", ("weights", "pattern", "dtype", "how")),
+    "training": ("overhead", ("model", "variant")),
+    "products": ("speedup", ("layer", "tokens", "dtype", "how", "launch")),
+    "models": ("speedup", ("model", "how", "launch")),
+}
+"""What the picture of each benchmark shows, and what tells its bars apart."""
+
+
+def plot(result: Result, path: Path) -> Path | None:
+    """A bar for every measured row, its ceiling as a mark, as PNG beside `path`; None without matplotlib."""
+    column, labels = CHARTS[result.what]
+    rows = [row for row in result.rows if row.get(column) is not None]
+    if not rows:
+        return None
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    rows = rows[:MOST_BARS][::-1]
+    figure = Figure(figsize=(9, 1 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(range(len(rows)), [row[column] for row in rows])
+    limited = [i for i, row in enumerate(rows) if row.get("ceiling") is not None]
+    if limited:
+        axes.plot([rows[i]["ceiling"] for i in limited], limited, "k|", markersize=9, label="ceiling")
+        axes.legend()
+    axes.set_yticks(range(len(rows)), [" ".join(str(row.get(label, "")) for label in labels) for row in rows], size=7)
+    axes.set_xlabel(column)
+    axes.set_title(f"{result.what}: {result.device}, torch {result.environment['torch']}", size=9)
+    picture = path.with_suffix(".png")
+    figure.savefig(picture)
+    return picture
+
+
+PAGE = Path(__file__).parent / "README.md"
+
+
+def draw(folder: str | Path = COMMITTED, page: Path = PAGE) -> None:
+    """Redraw the tables of `page`, between ``<!-- masks -->`` and ``<!-- end -->``, from the files in `folder`."""
+    newest: dict[tuple[str, str], Path] = {}
+    for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1]):
+        result = Result.load(path)
+        newest[result.what, result.device] = path
+    text = page.read_text(encoding="utf-8")
+    for what in CHARTS:
+        parts = [_section(path) for (of, _), path in newest.items() if of == what]
+        body = "\n\n".join(parts) or "No result is committed yet."
+        marked = re.compile(f"(<!-- {what} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        if not marked.search(text):
+            raise SparsityError(f"{page} has no place for {what}: <!-- {what} --> ... <!-- end -->")
+        text = marked.sub(lambda match, body=body: f"{match[1]}{body}{match[2]}", text)  # type: ignore[misc]
+    page.write_text(text, encoding="utf-8")
+
+
+def _section(path: Path) -> str:
+    result, about = Result.load(path), Result.load(path).environment
+    where = result.device + (f", CUDA {about['cuda']}" if about.get("gpu") else f", {about['threads']} thread(s)")
+    lines = [
+        f"**{where}**, torch {about['torch']}, Python {about['python']}, {about['time'][:10]}, "
+        f"commit {str(about['commit'])[:10]}: [`{path.name}`](results/{path.name})",
+        f"`{about['command']}`",
+        result.table(markdown=True),
+    ]
+    if path.with_suffix(".png").exists():
+        lines.append(f"![{result.what}](results/{path.with_suffix('.png').name})")
+    return "\n\n".join(lines)
+
+
+@command_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """Redraw benchmarks/README.md."""
+    parser = argparse.ArgumentParser(description="Redraw benchmarks/README.md from benchmarks/results/.")
+    parser.parse_args(argv)
+    draw()
+    print(f"wrote {PAGE}")
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, list):
+        return " .. ".join(f"{v:.3g}" for v in value)
+    return value
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

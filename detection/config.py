@@ -48,7 +48,10 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
     except (SyntaxError, KeyError, OSError, AttributeError, ImportError) as error:
         raise SparsityError(f"cannot read the config {name}: {type(error).__name__}: {error}") from error
     _check_version(config, name)
-    config.merge_from_dict(dict(map(_override, overrides)))
+    try:
+        config.merge_from_dict(dict(map(_override, overrides)))
+    except (KeyError, TypeError) as error:
+        raise SparsityError(f"cannot override {' '.join(overrides)}: {error}") from error
     return config
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop, find_latest_checkpoint
+from mmengine.utils import apply_to
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -27,16 +29,11 @@ from nm_sparsity.core import (
 from nm_sparsity.core.checkpoint import METADATA, load, restore, split
 from nm_sparsity.core.decay import warn_if_weak
 
-# The log history that MMEngine keeps in its checkpoints; with these known, they load without running code.
-torch.serialization.add_safe_globals(
-    [
-        HistoryBuffer,
-        HistoryBuffer.min,
-        HistoryBuffer.max,
-        HistoryBuffer.mean,
-        HistoryBuffer.current,
-    ]
-)
+# What the log history in MMEngine's own checkpoints is made of; it runs no code.
+_HISTORY = [
+    *(HistoryBuffer, getattr, np.ndarray, np.dtype, np._core.multiarray._reconstruct, np._core.multiarray.scalar),
+    *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint32")),
+]
 
 
 @HOOKS.register_module()
@@ -82,7 +79,9 @@ class NMSparseHook(Hook):  # type: ignore[misc]
                 "the model is sharded by FSDP before NMSparseHook can convert it; use MMDistributedDataParallel"
             )
         for path in _files_to_load(runner):
-            load(path)  # MMEngine would run the code in a pickle that it cannot load safely
+            # MMEngine itself would run the code in a pickle that it cannot load safely.
+            with torch.serialization.safe_globals(_HISTORY):
+                load(path)
         # The runner initialises the weights only after this hook, and its init functions would miss the shadow weights.
         runner._init_model_weights()
         runner._init_model_weights = lambda: None  # a second call would only log a warning
@@ -104,6 +103,8 @@ class NMSparseHook(Hook):  # type: ignore[misc]
         except CheckpointError as error:
             raise CheckpointError(f"cannot resume: {error}") from error
         _replace(checkpoint["state_dict"], {name: value.clone() for name, value in model.state_dict().items()})
+        scalars = checkpoint["message_hub"]["log_scalars"]
+        scalars.update({name: HistoryBuffer(*history) for name, history in scalars.items()})
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Remember the masks before an optimizer step that is to be measured."""
@@ -145,6 +146,10 @@ class _SaveSparse(Hook):  # type: ignore[misc]
         model.load_state_dict(shadow)
         _replace(checkpoint["state_dict"], masked)
         checkpoint[METADATA] = metadata
+        # Plain values in place of MMEngine's and numpy's objects: then the file loads everywhere without running code.
+        hub = checkpoint["message_hub"]
+        hub["log_scalars"] = {name: [h.tolist() for h in log.data] for name, log in hub["log_scalars"].items()}
+        hub["runtime_info"] = apply_to(hub["runtime_info"], lambda x: isinstance(x, np.generic), lambda x: x.item())
 
 
 def _replace(state_dict: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +34,10 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     from mmengine.runner import Runner
 
     configs.check_data(config)
+    # MMEngine keeps loggers and visualizers by name: without one of its own, a second run in a process shares the first's.
+    name = f"{out.name}_{time.time_ns()}"
     config.merge_from_dict({"work_dir": str(out), "randomness": {"seed": seed}, "resume": resume, "launcher": launcher})
+    config.merge_from_dict({"experiment_name": name, "visualizer": {"name": name}})
     if launcher == "pytorch" and not torch.cuda.is_available():
         # MMEngine's own set-up asks for a GPU, unless the processes are connected already.
         torch.distributed.init_process_group("gloo")

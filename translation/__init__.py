@@ -9,6 +9,7 @@ for _message in (
     r".torch\.jit\.script. is deprecated",
     r".torch\.cuda\.amp\.",
     r"'pin_memory' argument is set as true but no accelerator",
+    r"(?s).*\bhydra\b",
     r"Support for mismatched key_padding_mask and attn_mask",
 ):
     warnings.filterwarnings("ignore", message=_message)

@@ -111,11 +111,11 @@ def separate(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
     Raises:
         SparsityError: if a split has nothing left.
     """
-    taken: list[set[str]] = []
+    columns = max((len(row) for rows in splits.values() for row in rows), default=0)
+    taken: list[set[str]] = [set() for _ in range(columns)]
     separated = {}
     for name in ("test", "valid", "train"):
         rows = splits[name]
-        taken = taken or [set() for _ in rows[0]]
         separated[name] = [row for row in rows if not _overlaps(row, taken)]
         if not separated[name]:
             raise SparsityError(f"every sentence of {name} is also in a split it must not share any with")

@@ -155,6 +155,7 @@ def tiny(width: int, layers: int) -> dict[str, Option]:
         **{f"{side}-attention-heads": 4 for side in sides},
         "arch": "transformer",
         "lr": 2e-3,
+        "lr-scheduler": "cosine",
         "warmup-updates": 200,
         "max-tokens": 2500,
         "num-workers": 0,

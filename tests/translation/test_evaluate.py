@@ -1,0 +1,207 @@
+"""Scores, studies, and the commands around them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq_tools import arguments, in_subprocess, lm_arguments
+from torch.nn import functional as F
+
+from nm_sparsity.core import SparsityError, VerificationError
+from nm_sparsity.core.checkpoint import METADATA
+from nm_sparsity.translation import evaluate as module
+from nm_sparsity.translation import recipes, study, train
+from nm_sparsity.translation.average import Options as Average
+from nm_sparsity.translation.average import average
+from nm_sparsity.translation.evaluate import (
+    EVALUATION,
+    Options,
+    Perplexity,
+    Translated,
+    evaluate,
+    load_run,
+    score,
+    show,
+)
+
+Fairseq = Callable[[list[str]], None]
+
+REFERENCES = ["the cat sat on the mat", "a well-known dog barked at it", "so it goes on and on and on"]
+SOURCES = ["die Katze", "ein Hund bellte die bekannte Katze an", "und so weiter und so fort"]
+
+
+def test_scores_of_known_translations() -> None:
+    perfect = score(SOURCES, REFERENCES, REFERENCES, compounds=True)
+    assert perfect.bleu == pytest.approx(100)
+    assert perfect.chrf == pytest.approx(100)
+    assert perfect.exact == 100
+    assert perfect.compound_split_bleu == pytest.approx(100)
+    assert {name: count for name, (count, _) in perfect.by_length.items()} == {"1-5": 1, "6-10": 2}
+    assert "tok:13a" in perfect.bleu_signature
+    # By hand: 5 of 6 words, 3 of 5 bigrams, 2 of 4 trigrams, 1 of 3 four-grams, no brevity penalty.
+    one = score(["x"], ["the cat sat on my mat"], ["the cat sat on the mat"])
+    assert one.bleu == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, rel=1e-6)
+    assert one.exact == 0
+
+
+def test_compounds_are_split_on_both_sides() -> None:
+    """Half a compound counts: a well-worn dog shares "well", "-" and "worn" is the only miss."""
+    hypotheses = ["a well-worn dog barked at it"]
+    plain = score(["x"], hypotheses, [REFERENCES[1]]).bleu
+    split = score(["x"], hypotheses, [REFERENCES[1]], compounds=True).compound_split_bleu
+    assert split is not None
+    assert split > plain
+
+
+def test_a_run_is_scored_verified_and_finalized(corpus: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finalized = []
+    monkeypatch.setattr(module, "finalize", lambda model: finalized.append(model) or original(model))
+    original = __import__("nm_sparsity.core", fromlist=["finalize"]).finalize
+    result = evaluate(Options(trained, data=corpus, beam=2, samples=3))
+    assert isinstance(result, Translated)
+    assert finalized
+    written = json.loads((trained / EVALUATION).read_text())
+    assert written["bleu"] == result.bleu
+    assert written["verified"] is True
+    assert written["sentences"] == 20
+    assert len(result.samples) == 3
+    assert "BLEU" in show(result)
+
+
+def test_an_exported_model_is_scored_too(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    average(Average((trained / "checkpoint_best.pt",), tmp_path / "exported.pt"))
+    exported = evaluate(Options(tmp_path / "exported.pt", data=corpus, beam=1))
+    assert exported == evaluate(Options(trained / "checkpoint_best.pt", data=corpus, beam=1))
+
+
+def test_what_is_not_sparse_is_not_called_so(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    payload = torch.load(trained / "checkpoint_best.pt", weights_only=True)
+    payload["model"]["decoder.layers.1.fc1.weight"] = torch.ones(32, 16)
+    torch.save(payload, tmp_path / "tampered.pt")
+    with pytest.raises(VerificationError, match=r"1 of 26 weights break their pattern"):
+        evaluate(Options(tmp_path / "tampered.pt", data=corpus))
+    with pytest.raises(VerificationError, match="1:4"):
+        evaluate(Options(trained / "checkpoint_best.pt", data=corpus, pattern="1:4"))
+
+
+def test_leaked_test_sentences_stop_the_evaluation(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    leaky = tmp_path / "leaky"
+    shutil.copytree(corpus, leaky)
+    with (leaky / "train.en").open("a") as file:
+        file.write((leaky / "test.en").read_text())
+    with pytest.raises(SparsityError, match="is in the test set too"):
+        evaluate(Options(trained, data=leaky))
+
+
+def test_perplexity_is_that_of_the_model(text_corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:
+    """Against the cross-entropy of the logits, taken block by block."""
+    fairseq(lm_arguments(text_corpus, tmp_path))
+    result = evaluate(Options(tmp_path))
+    assert isinstance(result, Perplexity)
+    model, task, _ = load_run(tmp_path / "checkpoint_best.pt", None)
+    task.load_dataset("test")
+    total, pieces = 0.0, 0
+    with torch.no_grad():
+        for sample in (
+            task.dataset("test").collater([task.dataset("test")[i]]) for i in range(len(task.dataset("test")))
+        ):
+            logits = model(**sample["net_input"])[0]
+            total += float(F.cross_entropy(logits.flatten(0, 1), sample["target"].flatten(), reduction="sum"))
+            pieces += sample["target"].numel()
+    assert result.pieces == pieces
+    assert result.perplexity == pytest.approx(torch.tensor(total / pieces).exp().item(), rel=1e-4)
+    characters = len((text_corpus / "test.text").read_text())
+    assert result.bits_per_character == pytest.approx(total / 0.6931471805599453 / characters, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+def test_a_recipe_is_a_command_line_that_fairseq_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fairseq import options
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    recipe = recipes.get(name)
+    args = options.parse_args_and_arch(options.get_training_parser(), recipe.arguments())
+    cfg = convert_namespace_to_omegaconf(args)
+    assert cfg.task.nm_pattern == "2:4"
+    assert cfg.dataset.required_batch_size_multiple == 1
+    assert cfg.checkpoint.save_dir == f"runs/{name}"
+    assert (recipes.RECIPES[name].__doc__ or "").strip()
+
+
+def test_the_paper_setting_is_vaswanis_base() -> None:
+    fairseq = recipes.get("transformer_base_wmt14_2by4").fairseq
+    assert (fairseq["adam-betas"], fairseq["warmup-updates"], fairseq["label-smoothing"]) == ("(0.9, 0.98)", 4000, 0.1)
+    # The sum of learning rates that the recipe's lambda is chosen by.
+    total = 7e-4 * (sum(t / 4000 for t in range(4000)) + sum((4000 / t) ** 0.5 for t in range(4000, 100_000)))
+    assert total == pytest.approx(24, abs=0.5)
+
+
+def test_overrides_on_the_command_line() -> None:
+    config, more = train.from_command_line(
+        ["tiny_number_words", "--sparsity.method", "ste", "--sparsity.pattern", "1:4", "--max-update", "7", "--cpu"]
+    )
+    assert (config.sparsity.method, config.sparsity.pattern, config.sparsity.decay) == ("ste", "1:4", None)
+    assert more == ["--max-update", "7", "--cpu"]
+    with pytest.raises(SparsityError, match="unknown recipe"):
+        train.from_command_line(["tiny_numbers"])
+
+
+def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
+    asp = recipes.SparsityConfig(method="asp")
+    with pytest.raises(SparsityError, match="not a prepared corpus"):
+        train.train(recipes.Config(data=tmp_path, run=tmp_path / "run"))
+    with pytest.raises(SparsityError, match="ASP prunes a trained dense model: name its run with --init-from"):
+        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp))
+    with pytest.raises(SparsityError, match="there is no checkpoint"):
+        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_study_is_done_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the commands, with ASP's start from the dense run; a second call trains nothing."""
+    shutil.copytree(corpus, tmp_path / "data" / "number-words")
+    monkeypatch.chdir(tmp_path)
+    short = study.Study(
+        recipe="tiny_number_words",
+        folder=Path("runs/study"),
+        methods=("dense", "asp"),
+        patterns=("2:4",),
+        seeds=1,
+        fairseq=tuple(["--max-update", "4", "--log-interval", "2", "--encoder-layers", "1", "--decoder-layers", "1"]),
+    )
+    assert [run.name for run in study.runs(short)] == ["dense-seed1", "asp-2by4-seed1"]
+    rows = study.conduct(short)
+    assert [(row["method"], row["verified"]) for row in rows] == [("dense", False), ("asp", True)]
+    config = json.loads((tmp_path / "runs/study/asp-2by4-seed1/config.json").read_text())
+    assert config["config"]["init_from"] == "runs/study/dense-seed1"
+    table = torch.load(tmp_path / "runs/study/asp-2by4-seed1/checkpoint_last.pt", weights_only=True)["extra_state"][
+        METADATA
+    ]
+    assert table["method"] == "asp"
+    assert all(path.stat().st_size > 5000 for path in study.plot(short))
+    assert "2 of 2 runs" in (tmp_path / "runs/study/report.md").read_text()
+    monkeypatch.setattr(study.subprocess, "Popen", None)
+    assert study.conduct(short) == rows
+
+
+def test_a_run_that_fails_shows_its_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(corpus, tmp_path / "data" / "number-words")
+    monkeypatch.chdir(tmp_path)
+    wrong = study.Study(recipe="tiny_number_words", methods=("dense",), seeds=1, fairseq=("--fp16",))
+    with pytest.raises(SparsityError, match=r"(?s)ended with status 1:.*error: --fp16 trains a copy of the weights"):
+        study.conduct(wrong)
+
+
+def test_a_users_mistake_ends_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
+    """In our commands and in fairseq's own."""
+    ours = in_subprocess("nm_sparsity.translation.evaluate", [str(tmp_path / "nothing")], status=1, cwd=tmp_path)
+    assert "error: there is no checkpoint" in ours.stderr
+    stock = in_subprocess("fairseq_cli.train", arguments(corpus, tmp_path, "--fp16"), status=1)
+    for result in (ours, stock):
+        assert "Traceback" not in result.stderr
+        assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]

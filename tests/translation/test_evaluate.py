@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from fairseq_tools import arguments, in_subprocess, lm_arguments
+from fairseq_tools import arguments, environment, in_subprocess, lm_arguments
 from torch.nn import functional as F
 
 from nm_sparsity.core import SparsityError, VerificationError
 from nm_sparsity.core.checkpoint import METADATA
 from nm_sparsity.translation import evaluate as module
 from nm_sparsity.translation import recipes, study, train
+from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.average import Options as Average
 from nm_sparsity.translation.average import average
 from nm_sparsity.translation.evaluate import (
@@ -50,12 +54,10 @@ def test_scores_of_known_translations() -> None:
 
 
 def test_compounds_are_split_on_both_sides() -> None:
-    """Half a compound counts: a well-worn dog shares "well", "-" and "worn" is the only miss."""
-    hypotheses = ["a well-worn dog barked at it"]
-    plain = score(["x"], hypotheses, [REFERENCES[1]]).bleu
-    split = score(["x"], hypotheses, [REFERENCES[1]], compounds=True).compound_split_bleu
-    assert split is not None
-    assert split > plain
+    """By hand: "a well - worn dog barked at it" has 7 of 8 words, 5 of 7 bigrams, 3 of 6 trigrams, 1 of 5 four-grams."""
+    scored = score(["x"], ["a well-worn dog barked at it"], [REFERENCES[1]], compounds=True)
+    assert scored.compound_split_bleu == pytest.approx(100 * (7 / 8 * 5 / 7 * 3 / 6 * 1 / 5) ** 0.25, rel=1e-6)
+    assert scored.bleu == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, rel=1e-6)
 
 
 def test_a_run_is_scored_verified_and_finalized(corpus: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +107,10 @@ def test_perplexity_is_that_of_the_model(text_corpus: Path, tmp_path: Path, fair
     assert isinstance(result, Perplexity)
     model, task, _ = load_run(tmp_path / "checkpoint_best.pt", None)
     task.load_dataset("test")
+    blocks = task.dataset("test")
     total, pieces = 0.0, 0
     with torch.no_grad():
-        for sample in (
-            task.dataset("test").collater([task.dataset("test")[i]]) for i in range(len(task.dataset("test")))
-        ):
+        for sample in (blocks.collater([blocks[i]]) for i in range(len(blocks))):
             logits = model(**sample["net_input"])[0]
             total += float(F.cross_entropy(logits.flatten(0, 1), sample["target"].flatten(), reduction="sum"))
             pieces += sample["target"].numel()
@@ -172,7 +173,7 @@ def test_a_study_is_done_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.
         methods=("dense", "asp"),
         patterns=("2:4",),
         seeds=1,
-        fairseq=tuple(["--max-update", "4", "--log-interval", "2", "--encoder-layers", "1", "--decoder-layers", "1"]),
+        fairseq=("--max-update", "4", "--log-interval", "2", "--encoder-layers", "1", "--decoder-layers", "1"),
     )
     assert [run.name for run in study.runs(short)] == ["dense-seed1", "asp-2by4-seed1"]
     rows = study.conduct(short)
@@ -185,7 +186,7 @@ def test_a_study_is_done_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.
     assert table["method"] == "asp"
     assert all(path.stat().st_size > 5000 for path in study.plot(short))
     assert "2 of 2 runs" in (tmp_path / "runs/study/report.md").read_text()
-    monkeypatch.setattr(study.subprocess, "Popen", None)
+    monkeypatch.setattr(study, "_lines", None)
     assert study.conduct(short) == rows
 
 
@@ -205,3 +206,22 @@ def test_a_users_mistake_ends_without_a_traceback(corpus: Path, tmp_path: Path) 
     for result in (ours, stock):
         assert "Traceback" not in result.stderr
         assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_the_readme_runs_as_written(tmp_path: Path) -> None:
+    """Its fairseq commands, with fewer updates."""
+    text = (USER_DIR / "README.md").read_text()
+    commands = text.partition("```sh\n")[2].partition("```")[0]
+    assert "--max-update 800" in commands
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-ec", commands.replace("--max-update 800", "--max-update 2")],
+        cwd=tmp_path,
+        env={**environment(), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "BLEU = " in result.stdout
+    assert "0 violate their pattern" in result.stdout

@@ -38,6 +38,8 @@ def main(study: Study = DEMO) -> None:
     )
     rows = conduct(study)
     print(f"\n{results_table(rows)}\n")
+    images = rows[0].runs[0]["test/images"]
+    print(f"One of the {images} test images is {100 / images:.2f} points; differences of that size mean nothing.")
     print("flips/weight: SAD per sparse weight over the whole run; ASP's epochs count its dense run.")
     print(f"{study.folder / FINALIZED} (SR-STE at {study.patterns[0]}) is verified: every group keeps its pattern.")
     print(f"More in {study.folder / 'report.md'}, accuracy.png and sad.png.\n\nWhat to try next:")

@@ -171,13 +171,17 @@ def _flat(by_pattern: dict[str, list[Config]]) -> Iterable[Config]:
 
 
 def _run(todo: list[Config], study: Study, what: str) -> None:
-    todo = [config for config in todo if not _complete(config)]
+    wanted, todo = len(todo), [config for config in todo if not _complete(config)]
+    if len(todo) < wanted:
+        print(f"{wanted - len(todo)} of {wanted} runs are there already; remove {study.folder} to repeat them")
+    if not todo:
+        return
     workers = study.workers or len(os.sched_getaffinity(0))
     # Forking a process that has used torch can deadlock.
     context = multiprocessing.get_context("spawn")
     with (
         tqdm(total=len(todo), unit="run", desc=what, file=sys.stdout) as bar,
-        ProcessPoolExecutor(min(workers, max(len(todo), 1)), context, torch.set_num_threads, (1,)) as pool,
+        ProcessPoolExecutor(min(workers, len(todo)), context, torch.set_num_threads, (1,)) as pool,
     ):
         for future in as_completed([pool.submit(_train, config) for config in todo]):
             future.result()
@@ -217,15 +221,21 @@ def _best_decay(study: Study, pattern: str) -> float:
 def _write_report(
     study: Study, rows: list[Row], decays: dict[str, float], checked: Verification, seconds: float
 ) -> None:
-    here = environment()
+    places = [json.loads(path.read_text(encoding="utf-8")) for path in study.folder.glob("*/environment.json")]
+
+    def where(key: str) -> str:
+        return ", ".join(sorted({str(place[key]) for place in places}))
+
     groups = sum(check.groups for check in checked.checked)
     per_seed = [(row.pattern or "-", row.method, *(run["test/top1"] for run in row.runs)) for row in rows]
     trained = sum(run["seconds"] for row in rows for run in row.runs)
+    images = rows[0].runs[0]["test/images"]
     text = [
         f"# {study.recipe}: dense, STE, SR-STE and ASP\n",
         results_table(rows, markdown=True),
         "",
         f"Test top-1 is the mean and standard deviation over {study.seeds} seeds, of the weights after the last epoch.",
+        f"One of the {images:,} test images is {100 / images:.2f} points; differences of that size mean nothing.",
         "ASP's epochs are its dense run's plus its fine-tuning's. Density is that of the whole model.",
         f"Flips/weight is SAD per sparse weight summed over all steps, from every {study.log_every}th step.",
         f"SR-STE's lambda is the best of {', '.join(f'{d:g}' for d in study.decays)} on the validation images "
@@ -238,9 +248,10 @@ def _write_report(
         "Test top-1 of each seed:\n",
         format_table(("pattern", "method", *(f"seed {seed}" for seed in range(study.seeds))), per_seed, markdown=True),
         "",
-        f"Command: `{here['command']}`. {seconds:.0f} s for what was not there yet; {trained:.0f} s of training.",
-        f"Python {here['python']}, torch {here['torch']}, torchvision {here['torchvision']}, commit {here['commit']}.",
-        f"{here['cpu']}, {here['cpu_cores']} cores; GPU: {', '.join(here['gpu']) or 'none'}. {here['time']}.",
+        f"Command: `{environment()['command']}`; {seconds:.0f} s for what was not there yet; "
+        f"the runs above took {trained:.0f} s of training together.",
+        f"Python {where('python')}, torch {where('torch')}, torchvision {where('torchvision')}; {where('cpu')}, "
+        f"{where('cpu_cores')} cores, GPU {where('gpu')}; commit {where('commit')}; {min(place['time'] for place in places)}.",
         "",
     ]
     (study.folder / "report.md").write_text("\n".join(text), encoding="utf-8")

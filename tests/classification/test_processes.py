@@ -49,7 +49,6 @@ def test_two_processes_train_and_evaluate_like_one(
         if "running" not in name and "num_batches" not in name:
             assert torch.allclose(value, trained[1][name], atol=1e-4), name
 
-    # 360 images in two shares of 180, and 359 unequal ones would show in the loss.
     summary = json.loads((two / "summary.json").read_text())
     assert summary["test/images"] == 360
     sharded = json.loads(torchrun(environment, "nm_sparsity.classification.evaluate", str(two), "--device=cpu"))

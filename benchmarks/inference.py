@@ -81,8 +81,6 @@ def sparse(how: str, xs: list[Tensor], ws: list[Tensor]) -> Call:
         raise Unavailable(reason)
     if reason := export.obstacle(torch.nn.Linear(1, 1), "weight", ws[0].shape, dtype, backend):
         raise Unavailable(reason)
-    if backend == "cutlass" and dtype == torch.float8_e4m3fn:
-        raise Unavailable("torch's CUTLASS kernels have no fp8")
     weights = [export.compress(w, backend) for w in ws]
     if how != "cusparselt, searched" and dtype in (torch.float16, torch.bfloat16):
         return lambda i: F.linear(xs[i % len(xs)], weights[i % len(weights)])
@@ -117,7 +115,7 @@ def measure_product(
     x, w = random_operands(product, DTYPES[dtype], device)
     copies = timing.copies_beyond_cache(x.nbytes + w.nbytes, device)
     xs, ws = [x, *(x.clone() for _ in range(copies - 1))], [w, *(w.clone() for _ in range(copies - 1))]
-    reference = x[:CHECKED_ROWS].double() @ w.double().t()
+    reference = x[:CHECKED_ROWS].float().double() @ w.float().double().t()
     head = {"layer": layer, "tokens": product.tokens, "weight": f"{product.rows}x{product.columns}", "dtype": dtype}
 
     makers: dict[str, Callable[[], Call]] = {"dense": lambda: dense(xs, ws)}
@@ -203,7 +201,7 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
                 rows[how, launch] = {"not_run": "out of time"}
                 continue
             runnable: Any = model if mode is None else torch.compile(model, mode=mode)
-            call = _model_call(runnable, inputs)
+            call = model_call(runnable, inputs)
             try:
                 deviation = relative_error(call(0), reference)
             except Exception as failure:  # whatever a compiler raises: a result too
@@ -294,7 +292,9 @@ def _padded(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def _model_call(model: Any, inputs: list[Tensor]) -> Call:
+def model_call(model: Any, inputs: list[Tensor]) -> Callable[[int], Any]:
+    """A forward pass without gradients on one of `inputs` in turn."""
+
     def call(i: int) -> Any:
         with torch.no_grad():
             return model(inputs[i % len(inputs)])

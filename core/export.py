@@ -222,6 +222,8 @@ def to_onnx(model: nn.Module, inputs: tuple[Any, ...], path: str | Path, **optio
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        size = sum(t.nbytes for t in model.state_dict().values())
+        options.setdefault("external_data", size > 1 << 30)  # a single file may have 2 GiB
         torch.onnx.export(model.eval(), inputs, str(path), dynamo=True, verbose=False, **options)
     except OSError as error:
         raise SparsityError(f"cannot write {path}: {error.strerror or error}") from error

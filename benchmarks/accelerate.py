@@ -1,0 +1,101 @@
+"""From a finalized checkpoint to a smaller file and a faster model: verify, pack, export to ONNX, compress, time.
+
+`python -m nm_sparsity.benchmarks.accelerate runs/demo/finalized.pt --model nm_sparsity.classification.models:build
+--args '["resnet8_small", 10]' --input 64,3,8,8`
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nm_sparsity.benchmarks import inference, models, report, timing
+from nm_sparsity.core import SparsityError, export, verify
+from nm_sparsity.core.checkpoint import find_parts, load, restore
+from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.packed import load_packed, save_packed
+from nm_sparsity.core.table import format_table
+
+
+def build(name: str, arguments: Sequence[Any] = ()) -> nn.Module:
+    """One of the benchmark models or torchvision's, or what ``package.module:function`` returns for `arguments`.
+
+    Raises:
+        SparsityError: if there is no such model.
+    """
+    module, _, function = name.partition(":")
+    if not function:
+        return models.workload(name).build()
+    try:
+        model = getattr(importlib.import_module(module), function)(*arguments)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise SparsityError(f'cannot build "{name}": {error}') from error
+    if not isinstance(model, nn.Module):
+        raise SparsityError(f'"{name}" returned {type(model).__name__}, expected a torch.nn.Module')
+    return model
+
+
+def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds: int) -> list[tuple[str, str]]:
+    """(step, outcome) of every step, writing the packed and the ONNX file into `out`."""
+    steps = [("verify", str(verify(checkpoint)).splitlines()[-1])]
+    packed = save_packed(out / f"{checkpoint.stem}.safetensors", checkpoint)
+    state, _ = find_parts(load(checkpoint), checkpoint)
+    same = all(torch.equal(value, state[name]) for name, value in load_packed(packed).items())
+    dense_bytes = sum(value.nbytes for value in state.values())
+    size = packed.stat().st_size
+    outcome = "gives the same weights back" if same else "does NOT give the same weights back"
+    steps.append(("pack", f"{packed}: {size / dense_bytes:.3f} of {dense_bytes / 1e6:.2f} MB, {outcome}"))
+    restore(model, state)
+    model.eval()
+    try:
+        steps.append(("ONNX", str(export.to_onnx(model, (x,), out / f"{checkpoint.stem}.onnx"))))
+    except SparsityError as error:
+        steps.append(("ONNX", f"not run: {error}"))
+    if not torch.cuda.is_available():
+        return [*steps, ("compress and time", "not run: needs an NVIDIA GPU")]
+
+    device = torch.device("cuda")
+    dense = model.to(device, torch.float16)
+    x = x.to(device, torch.float16)
+    sparse = copy.deepcopy(dense)
+    done = export.to_semi_structured(sparse, tokens=max(16, x.numel() // x.shape[1]))
+    calls = {"dense": inference.model_call(dense, [x]), "2:4": inference.model_call(sparse, [x])}
+    deviation = inference.relative_error(calls["2:4"](0), calls["dense"](0).double())
+    timings = timing.compare(calls, device, rounds)
+    ratio, low, high = timings["dense"].over(timings["2:4"])
+    steps.append(("compress", str(done)))
+    steps.append(("time", f"{ratio:.2f}x ({low:.2f} .. {high:.2f}) over dense fp16, relative error {deviation:.1e}"))
+    return steps
+
+
+@command_line
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="a finalized checkpoint of ours")
+    parser.add_argument("--model", required=True, help="package.module:function, or the name of a benchmark model")
+    parser.add_argument("--args", default="[]", help="the function's arguments as a JSON list")
+    parser.add_argument("--input", required=True, help="shape of an input, e.g. 64,3,32,32")
+    parser.add_argument("--out", type=Path, default=Path(report.DEFAULT_FOLDER), help="folder for the files")
+    parser.add_argument("--rounds", type=int, default=20, help="samples of each model (default 20)")
+    args = parser.parse_args(argv)
+    try:
+        x = torch.randn([int(size) for size in args.input.split(",")])
+        arguments = json.loads(args.args)
+    except (ValueError, RuntimeError) as error:
+        raise SparsityError(f"--input takes a shape such as 64,3,32,32, and --args a JSON list: {error}") from error
+    out = report.writable(args.out)
+    steps = accelerate(args.checkpoint, build(args.model, arguments), x, out, args.rounds)
+    print(format_table(["step", "outcome"], steps))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,66 @@
+"""From a checkpoint to files, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from nm_sparsity.benchmarks import accelerate
+from nm_sparsity.core import finalize, sparsify
+from nm_sparsity.core.checkpoint import METADATA, describe, save
+
+
+def build(width: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 8))
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    model = build(32)
+    sparsify(model)
+    finalize(model)
+    save(tmp_path / "finalized.pt", {"state_dict": model.state_dict(), METADATA: describe(model)})
+    return tmp_path / "finalized.pt"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file, under a name that a command line can give."""
+    monkeypatch.setitem(sys.modules, "my_models", sys.modules[__name__])
+
+
+def run(checkpoint: Path, model: str, arguments: str = "[32]", shape: str = "4,16") -> int:
+    options = ["--model", model, "--args", arguments, "--input", shape, "--out", str(checkpoint.parent / "out")]
+    return accelerate.main([str(checkpoint), *options])
+
+
+def test_every_step_reports(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript")
+    assert run(checkpoint, "my_models:build") == 0
+    text = capsys.readouterr().out
+    assert "2 weights checked, 0 violate" in text
+    assert "gives the same weights back" in text
+    assert (checkpoint.parent / "out" / "finalized.safetensors").is_file()
+    assert (checkpoint.parent / "out" / "finalized.onnx").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "shape", "message"),
+    [
+        ("my_models:build", "[64]", "4,16", "32"),
+        ("my_models:nothing", "[32]", "4,16", 'cannot build "my_models:nothing"'),
+        ("nothing", "[]", "4,16", 'unknown model "nothing"'),
+        ("my_models:build", "[32]", "4;16", "--input takes a shape"),
+        ("my_models:build", "[32", "4,16", "--args a JSON list"),
+    ],
+)
+def test_bad_arguments(
+    checkpoint: Path, model: str, arguments: str, shape: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(checkpoint, model, arguments, shape) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error

@@ -1,0 +1,68 @@
+"""The alternatives compute what they claim, or a comparison with them would say nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nm_sparsity.benchmarks import masks, models
+from nm_sparsity.benchmarks.report import Result
+from nm_sparsity.core import NMPattern, keep_largest, kernels
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("how", masks.ALTERNATIVES)
+@pytest.mark.parametrize("pattern", ["2:4", "1:16", "5:8"])
+def test_every_alternative_gives_the_same_weights(how: str, pattern: str) -> None:
+    w, nm = torch.randn(8, 64), NMPattern.parse(pattern)
+    assert torch.equal(masks.ALTERNATIVES[how](w, nm.n, nm.m), keep_largest(w, pattern))
+
+
+def test_the_check_passes_and_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = Result("masks", "cpu")
+    masks.check(result, CPU)
+    assert len(result.rows) == 15
+    assert all(row["wrong"] == 0 for row in result.rows)
+    monkeypatch.setattr(kernels, "keep_largest", lambda w, n, m, axis: w)
+    result = Result("masks", "cpu")
+    masks.check(result, CPU)
+    assert all(row["wrong"] > 0 for row in result.rows)
+
+
+def test_a_small_run_writes_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "layer_set", lambda name: [(64, 32, 1, 1), (32, 64, 3, 3)])
+    monkeypatch.setattr(masks, "SIZES", (1,))
+    assert masks.main(["--quick", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("masks_*.json")
+    rows = Result.load(path).rows
+    copies = [row for row in rows if row["how"] == "copy"]
+    assert all(row["x copy"] == 1 for row in copies)
+    assert {row["how"] for row in rows} >= {"copy", *masks.ALTERNATIVES}
+    assert rows[-1] == {"weights": "resnet50", "how": "ours (Triton)", "not_run": "needs CUDA"}
+    one = next(row for row in rows if row["weights"] == "one matrix")
+    assert one["GB/s"] == pytest.approx(8 / one["ns/weight"], rel=1e-6)  # fp32, read and written
+    assert "argsort+scatter" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda"], "there is no CUDA device here; use --device cpu"),
+        (["--device", "tpu"], 'unknown device "tpu"'),
+        (["--rounds", "0"], "--threads and --rounds must be at least 1"),
+        (["--out", "/proc/none"], "cannot write results to /proc/none"),
+    ],
+)
+def test_bad_arguments_give_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("there is a CUDA device here")
+    assert masks.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1

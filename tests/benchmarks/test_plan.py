@@ -1,0 +1,86 @@
+"""The planner's verdicts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from nm_sparsity.benchmarks import devices, plan
+
+H100 = devices.find("h100")
+
+
+def of(model: nn.Module, inputs: torch.Tensor, **options: str) -> plan.Plan:
+    return plan.plan(model, inputs, H100, **options)
+
+
+def test_every_layer_has_a_verdict_and_the_model_a_ceiling() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1), nn.Flatten(), nn.Linear(64 * 16, 4096)
+    )
+    before = {name: type(module) for name, module in model.named_modules()}
+    result = of(model, torch.randn(2048, 3, 8, 8))
+    verdicts = [layer.verdict for layer in result.layers]
+    assert "not divisible by 4" in verdicts[0]
+    assert verdicts[1] == "no: torch has no 2:4 convolution but the plain 1 x 1"
+    assert verdicts[2].startswith("no: at most 1.0")
+    assert verdicts[3] == "pays"
+    assert result.layers[3].product == devices.Product(2048, 4096, 1024)
+    assert result.layers[1].product == devices.Product(2048 * 16, 64, 576, reuse=9)
+    assert 1 < result.ceiling < result.hardware_ceiling < 2
+    assert sum(layer.share for layer in result.layers) == pytest.approx(1)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_single_product_has_its_own_ceiling() -> None:
+    result = of(nn.Linear(4096, 11008, bias=False), torch.empty(4096, 4096, device="meta"))
+    assert result.ceiling == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "reason"),
+    [
+        ({"pattern": "1:4"}, "h100", "the hardware runs only 2:4"),
+        ({"pattern": "2:4"}, "v100", "v100 has no sparse tensor cores"),
+        ({"pattern": "2:4", "exclude": ["0"]}, "h100", 'excluded by "0"'),
+    ],
+)
+def test_why_not(options: dict[str, str], device: str, reason: str) -> None:
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 18))
+    result = plan.plan(model, torch.randn(8, 256), devices.find(device), **options)  # type: ignore[arg-type]
+    assert result.layers[0].verdict == f"no: {reason}"
+    assert result.ceiling == 1.0  # the second layer is too narrow for cuSPARSELt
+
+
+def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["resnet50", "--batch", "32", "--device", "h200"]) == 0
+    text = capsys.readouterr().out
+    assert "fc                          32  1000x2048" in text
+    assert "layers pay; the whole model gains at most 1.0" in text
+    assert plan.main(["bert-large", "--json", "--batch", "8", "--device", "a100"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert len(result["layers"]) == 24 * 5
+    assert 1.5 < result["ceiling"] < 2
+    assert plan.main(["vit_b_16"]) == 0
+    assert "nn.MultiheadAttention uses it outside of a layer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["alexnot"], 'unknown model "alexnot"'),
+        (["resnet50", "--device", "tpu"], 'unknown device "tpu"; known: v100'),
+        (["resnet50", "--dtype", "fp64"], 'unknown dtype "fp64"; known: fp16'),
+        (["resnet50", "--device", "v100", "--dtype", "int8"], "v100 has no tensor cores for 8-bit operands"),
+        (["resnet50", "--pattern", "4:2"], 'pattern "4:2" is not N:M'),
+        (["resnet50", "--batch", "0"], "--batch must be at least 1"),
+    ],
+)
+def test_bad_arguments_give_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error

@@ -1,0 +1,105 @@
+"""Result files and the page drawn from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nm_sparsity.benchmarks import report
+from nm_sparsity.benchmarks.report import Result, draw, saved
+from nm_sparsity.core import SparsityError
+
+
+def example(what: str = "masks", device: str = "A Chip (TM) 9") -> Result:
+    result = Result(what, device)
+    result.environment |= {"time": "2026-01-02T03:04:05+00:00", "torch": "2.14.1+cu130", "commit": "0123456789abcdef"}
+    result.rows = [
+        {"weights": "w", "how": "ours", "ns/weight": 0.5, "quartiles": [0.4, 0.6]},
+        {"weights": "w", "how": "triton", "not_run": "needs CUDA"},
+    ]
+    return result
+
+
+def test_a_result_comes_back_and_its_name_says_what_it_is(tmp_path: Path) -> None:
+    result = example()
+    path = result.save(tmp_path / "new")
+    assert path.name == "masks_a-chip-tm-9_2.14.1_2026-01-02.json"
+    assert Result.load(path) == result
+
+
+def test_the_table_shows_what_was_not_run() -> None:
+    lines = example().table().splitlines()
+    assert lines[0].split() == ["weights", "how", "ns/weight", "quartiles"]
+    assert "0.4 .. 0.6" in lines[2]
+    assert lines[3].endswith("not run: needs CUDA")
+
+
+def test_the_page_is_drawn_from_the_newest_file_of_each_device(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    blocks = "\n".join(f"<!-- {what} -->\nold\n<!-- end -->" for what in report.CHARTS)
+    page.write_text(f"before\n{blocks}\nafter\n")
+    old, new = example(), example()
+    old.environment = {**old.environment, "time": "2025-01-02T03:04:05+00:00"}
+    old.rows[0]["ns/weight"] = 77.0
+    for result in (new, old, example(device="other")):
+        result.save(tmp_path / "results")
+    draw(tmp_path / "results", page)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "77" not in text
+    assert text.count("[`masks_") == 2
+    assert "commit 0123456789:" in text
+    assert "| w       | ours" in text
+    assert "old" not in text
+    assert text.count("No result is committed yet.") == len(report.CHARTS) - 1
+    draw(tmp_path / "results", page)
+    assert page.read_text() == text  # redrawing changes nothing
+    page.write_text("no place")
+    with pytest.raises(SparsityError, match="has no place for masks"):
+        draw(tmp_path / "results", page)
+
+
+def test_the_projects_own_page_is_up_to_date(tmp_path: Path) -> None:
+    copy = tmp_path / "README.md"
+    copy.write_text(report.PAGE.read_text())
+    draw(report.COMMITTED, copy)
+    assert copy.read_text() == report.PAGE.read_text()
+
+
+def test_a_failing_measurement_keeps_its_rows_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with saved("masks", torch.device("cpu"), tmp_path) as result:
+            result.add(weights="w", how="ours")
+            raise RuntimeError("out of memory\nmore")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    (path,) = tmp_path.glob("*.json")
+    rows = Result.load(path).rows
+    assert rows == [{"weights": "w", "how": "ours"}, {"not_run": "stopped by RuntimeError: out of memory"}]
+    assert "not run: stopped by RuntimeError: out of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", report.CHARTS)
+def test_pictures_are_drawn(tmp_path: Path, what: str) -> None:
+    pytest.importorskip("matplotlib")
+    result = Result(what, "chip", [{report.CHARTS[what][0]: 1.5, "ceiling": 2.0}, {"how": "x", "not_run": "why"}])
+    picture = report.plot(result, tmp_path / "r.json")
+    assert picture is not None
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert report.plot(Result(what, "chip"), tmp_path / "none.json") is None
+
+
+def test_bad_folders_and_files(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("{")
+    with pytest.raises(SparsityError, match=r"cannot write results to .*file"):
+        report.writable(tmp_path / "file" / "sub")
+    with pytest.raises(SparsityError, match="is not a result file"):
+        Result.load(tmp_path / "file")
+    with pytest.raises(SparsityError, match="is not a result file"):
+        Result.load(tmp_path / "none.json")
+    with pytest.raises(SparsityError, match='unknown device "tpu"; choose cpu, cuda or auto'):
+        report.choose_device("tpu")

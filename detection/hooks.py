@@ -29,10 +29,12 @@ from nm_sparsity.core import (
 from nm_sparsity.core.checkpoint import METADATA, load, restore, split
 from nm_sparsity.core.decay import warn_if_weak
 
-# What the log history in MMEngine's own checkpoints is made of; it runs no code.
-_HISTORY = [
-    *(HistoryBuffer, getattr, np.ndarray, np.dtype, np._core.multiarray._reconstruct, np._core.multiarray.scalar),
+# What the log history in MMEngine's own checkpoints is made of; it runs no code. numpy 1 and 2 name parts differently.
+_NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+_HISTORY: list[Any] = [
+    *(HistoryBuffer, getattr, np.ndarray, np.dtype),
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint32")),
+    *((part, f"numpy.{core}.multiarray.{part.__name__}") for part in _NUMPY for core in ("core", "_core")),
 ]
 
 

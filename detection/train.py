@@ -34,7 +34,7 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     from mmengine.runner import Runner
 
     configs.check_data(config)
-    # MMEngine keeps loggers and visualizers by name: without one of its own, a second run in a process shares the first's.
+    # MMEngine keeps loggers and visualizers by name; a second run in a process would share the first's.
     name = f"{out.name}_{time.time_ns()}"
     config.merge_from_dict({"work_dir": str(out), "randomness": {"seed": seed}, "resume": resume, "launcher": launcher})
     config.merge_from_dict({"experiment_name": name, "visualizer": {"name": name}})

@@ -28,6 +28,8 @@ from nm_sparsity.detection import prepare, train
 
 THIRD_PARTY = (
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # mmdet's masks
+    'ignore:"(dropout|add_residual)" is deprecated in `FFN:DeprecationWarning',  # DETR's layers
+    "ignore:torch.meshgrid:UserWarning",  # FCOS's points
 )
 
 
@@ -70,7 +72,7 @@ def make_config(data: Path) -> Make:
         configs.set_sparsity(config, SparsityConfig(**sparsity))
         config.custom_hooks.append({"type": "Reseed"})
         config.train_dataloader.batch_size = 4
-        config.optim_wrapper.optimizer = {"type": "SGD", "lr": 0.01, "momentum": 0.9}
+        config.optim_wrapper.optimizer = {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0}
         config.param_scheduler = []
         config.train_cfg.max_epochs = 1
         config.val_dataloader = config.val_cfg = config.val_evaluator = None

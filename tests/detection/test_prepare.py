@@ -74,9 +74,9 @@ def test_fashion_reads_idx_files(tmp_path: Path) -> None:
 
 
 def test_fashion_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
-    with pytest.raises(coco.DataError, match=r"train-images-idx3-ubyte\.gz: no such file"):
+    with pytest.raises(coco.DataError, match=r"t10k-images-idx3-ubyte\.gz: no such file"):
         compose.fashion(tmp_path)
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"not gzip")
     with pytest.raises(coco.DataError, match="is not a gzipped IDX file"):
         compose.fashion(tmp_path)
 

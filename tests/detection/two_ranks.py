@@ -1,0 +1,37 @@
+"""One rank of test_two_ranks_train_one_model: trains, then compares all weights with the other rank's."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from nm_sparsity.detection import config as configs
+    from nm_sparsity.detection import train
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from nm_sparsity.core import SparsityConfig
+
+
+@HOOKS.register_module()
+class RanksAgree(Hook):  # type: ignore[misc]
+    """Prints whether both ranks hold the same shadow weights at the end."""
+
+    def after_train(self, runner: Any) -> None:
+        mine = torch.cat([parameter.detach().flatten() for parameter in runner.model.parameters()])
+        both = [torch.empty_like(mine) for _ in range(2)]
+        torch.distributed.all_gather(both, mine)
+        print("ranks agree" if torch.equal(*both) and torch.distributed.get_world_size() == 2 else "ranks differ")
+
+
+data, out = map(Path, sys.argv[1:])
+config = configs.read("tiny_mask_rcnn", ["train_cfg.max_epochs=1", "train_dataloader.batch_size=2"])
+configs.set_data(config, data)
+configs.set_sparsity(config, SparsityConfig(decay=10.0))
+config.custom_hooks.append({"type": "RanksAgree"})
+config.val_dataloader = config.val_cfg = config.val_evaluator = None
+train.run(config, out, launcher="pytorch")

@@ -7,8 +7,7 @@ the very same output. Everything also goes to ``RUN/evaluation.json``.
 
 from __future__ import annotations
 
-import contextlib
-import io
+import logging
 import random
 import re
 import sys
@@ -249,8 +248,9 @@ def show(result: Translated | Perplexity) -> str:
 def main() -> None:
     """The command line."""
     options = tyro.cli(Options, prog="python -m nm_sparsity.translation.evaluate", description=__doc__)
-    with contextlib.redirect_stdout(io.StringIO()):  # fairseq reports its loading there
-        result = evaluate(options)
+    for name in ("fairseq", "fairseq_cli"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    result = evaluate(options)
     print(show(result))
 
 

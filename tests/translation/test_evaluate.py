@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from nm_sparsity.core import SparsityError, VerificationError
 from nm_sparsity.core.checkpoint import METADATA
+from nm_sparsity.translation import demo, recipes, study, train
 from nm_sparsity.translation import evaluate as module
-from nm_sparsity.translation import recipes, study, train
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.average import Options as Average
 from nm_sparsity.translation.average import average
@@ -54,7 +54,7 @@ def test_scores_of_known_translations() -> None:
 
 
 def test_compounds_are_split_on_both_sides() -> None:
-    """By hand: "a well - worn dog barked at it" has 7 of 8 words, 5 of 7 bigrams, 3 of 6 trigrams, 1 of 5 four-grams."""
+    """By hand: of "a well - worn dog barked at it" 7 of 8 words, 5 of 7 bigrams, 3 of 6 trigrams, 1 of 5 four-grams."""
     scored = score(["x"], ["a well-worn dog barked at it"], [REFERENCES[1]], compounds=True)
     assert scored.compound_split_bleu == pytest.approx(100 * (7 / 8 * 5 / 7 * 3 / 6 * 1 / 5) ** 0.25, rel=1e-6)
     assert scored.bleu == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, rel=1e-6)
@@ -163,7 +163,9 @@ def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_study_is_done_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_is_done_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Through the commands, with ASP's start from the dense run; a second call trains nothing."""
     shutil.copytree(corpus, tmp_path / "data" / "number-words")
     monkeypatch.chdir(tmp_path)
@@ -188,6 +190,10 @@ def test_a_study_is_done_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.
     assert "2 of 2 runs" in (tmp_path / "runs/study/report.md").read_text()
     monkeypatch.setattr(study, "_lines", None)
     assert study.conduct(short) == rows
+    assert demo.main(short) == 0
+    shown = capsys.readouterr().out
+    assert all(sample["source"] in shown for sample in rows[1]["samples"])
+    assert "sad.png" in shown
 
 
 def test_a_run_that_fails_shows_its_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +221,11 @@ def test_the_readme_runs_as_written(tmp_path: Path) -> None:
     assert "--max-update 800" in commands
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(
-        ["bash", "-ec", commands.replace("--max-update 800", "--max-update 2")],
+        [
+            "bash",
+            "-ec",
+            commands.replace("--max-update 800", "--max-update 2").replace("--max-len-a 2", "--max-len-a 0"),
+        ],
         cwd=tmp_path,
         env={**environment(), "PATH": path},
         capture_output=True,

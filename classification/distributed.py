@@ -58,7 +58,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Give every process the mean of the floating-point buffers: each rank's batch norm saw its own images only."""
+    """Give every process the mean of the floating-point buffers: batch norm last saw its own images only."""
     if world() > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():

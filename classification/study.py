@@ -251,7 +251,8 @@ def _write_report(
         f"Command: `{environment()['command']}`; {seconds:.0f} s for what was not there yet; "
         f"the runs above took {trained:.0f} s of training together.",
         f"Python {where('python')}, torch {where('torch')}, torchvision {where('torchvision')}; {where('cpu')}, "
-        f"{where('cpu_cores')} cores, GPU {where('gpu')}; commit {where('commit')}; {min(place['time'] for place in places)}.",
+        f"{where('cpu_cores')} cores, GPU {where('gpu')}; commit {where('commit')}; "
+        f"begun {min(place['time'] for place in places)}.",
         "",
     ]
     (study.folder / "report.md").write_text("\n".join(text), encoding="utf-8")

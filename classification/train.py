@@ -99,7 +99,7 @@ class Trainer:
         self.parallel = self.model
         if distributed.world() > 1:
             ids = [device.index] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False)
+            self.parallel = DistributedDataParallel(self.model, device_ids=ids)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -285,7 +285,7 @@ class Trainer:
         latest = self.config.folder / LATEST
         if self.config.resume and not latest.is_file():
             raise CheckpointError(f"cannot resume: there is no {latest}; leave --resume out to start")
-        if not self.config.resume and latest.is_file() and distributed.rank() == 0:
+        if not self.config.resume and latest.is_file():
             raise SparsityError(
                 f"{self.config.folder} holds a run already: continue it with --resume, or choose another --folder"
             )

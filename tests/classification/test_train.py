@@ -68,6 +68,13 @@ def test_a_run_ends_with_a_finalized_verified_model_of_the_same_accuracy(tiny: T
     assert [line["val/top1"] for line in read_metrics(config.folder) if "val/top1" in line][-1] == summary["val/top1"]
 
 
+def test_the_imagenet_recipe_trains_on_image_folders(tiny: Tiny, folders: Path) -> None:
+    config = tiny("resnet18_2by4", data__root=folders, data__image_size=32, data__workers=0, batch_size=6)
+    summary = train(config)
+    assert (summary["steps"], summary["test/images"], summary["verified_weights"]) == (2, 6, 19)
+    assert summary["finalized/top1"] == summary["test/top1"]
+
+
 def test_a_dense_run_shares_every_path(tiny: Tiny) -> None:
     summary = train(tiny("digits_dense"))
     assert summary["finalized/top1"] == summary["test/top1"]

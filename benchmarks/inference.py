@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ DTYPES = {
 }
 TOKENS = (1, 16, 128, 512, 1024, 4096, 16384)
 MODELS = (("bert-large", 32), ("vit-l", 64), ("resnet50", 256), ("transformer-base", 64))
+COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, CUDA graphs": "reduce-overhead"}
 SPARSE = ("cutlass", "cusparselt", "cusparselt, searched")
 CHECKED_ROWS = 256
 """Rows of the output that are compared with the reference."""
@@ -181,9 +183,7 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
         reference = base(inputs[0]).double()
     tokens = inputs[0].numel() if inputs[0].dim() == 2 else batch * 196
 
-    compile_modes: dict[str, str | None] = {"eager": None, "compiled": "default"}
-    if device.type == "cuda":
-        compile_modes["compiled, CUDA graphs"] = "reduce-overhead"
+    modes = COMPILE_MODES if device.type == "cuda" else {k: COMPILE_MODES[k] for k in ("eager", "compiled")}
     calls: dict[tuple[str, str], Call] = {}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for how in ("dense", *SPARSE):
@@ -196,7 +196,9 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
             except SparsityError as error:
                 rows[how, "eager"] = {"not_run": first_line(error)}
                 continue
-        for launch, mode in compile_modes.items():
+        for launch, mode in modes.items():
+            if how != "dense" and launch == "compiled" and device.type == "cuda":
+                continue  # compiling takes minutes, and with CUDA graphs it is only faster
             if budget.spent:
                 rows[how, launch] = {"not_run": "out of time"}
                 continue
@@ -239,22 +241,23 @@ def run_products(
         result.add(layer="every layer", how="2:4", not_run="needs an NVIDIA GPU; below: the dense product on this CPU")
     first = ("llama-7b", "bert-large", "vit-l")
     shapes.sort(key=lambda item: not item[0].startswith(first))
-    for dtype in dtypes:
-        for count in sorted(tokens, key=lambda count: count not in (4096, 1024)):
-            for layer, (rows, columns) in shapes:
-                if budget.spent:
-                    result.add(
-                        layer=layer, tokens=count, weight=f"{rows}x{columns}", dtype=dtype, not_run="out of time"
-                    )
-                    continue
-                product = Product(count, rows, columns, DTYPES[dtype].itemsize)
-                measure_product(result, layer, product, dtype, device, rounds)
+    tokens = sorted(tokens, key=lambda count: count not in (4096, 1024))
+    cases = list(itertools.product(dtypes, tokens, shapes))
+    for done, (dtype, count, (layer, (rows, columns))) in enumerate(cases):
+        if budget.spent:
+            result.add(layer=f"{len(cases) - done} more products", not_run="out of time")
+            return
+        product = Product(count, rows, columns, DTYPES[dtype].itemsize)
+        measure_product(result, layer, product, dtype, device, rounds)
 
 
 def run_models(result: Result, device: torch.device, quick: bool, rounds: int, budget: Budget) -> None:
     """Whole models."""
     cases = [("transformer-base", 1)] if quick or device.type == "cpu" else MODELS
     for name, batch in cases:
+        if budget.spent:
+            result.add(model=name, batch=batch, not_run="out of time")
+            continue
         measure_model(result, name, batch, device, rounds, budget)
         torch.compiler.reset()
     if device.type == "cpu":

@@ -1,7 +1,7 @@
 """Every benchmark in one call: `python -m nm_sparsity.benchmarks.suite --minutes 8 --out DIR`.
 
-On a GPU: the kernels against the oracle and the memory bandwidth, the training overhead in bf16, whole models, and the
-sweep of products until the time is over. On a CPU: what can run there. A benchmark that fails leaves its rows so far
+On a GPU: the kernels against the oracle and the memory bandwidth, the training overhead in bf16, the sweep of products,
+and whole models until the time is over. On a CPU: what can run there. A benchmark that fails leaves its rows so far
 and the reason, and the next one runs. Needs torch, torchvision, triton and numpy, and this repository
 (``PYTHONPATH=.typing`` where it is not installed).
 """
@@ -31,12 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.minutes is not None and args.minutes <= 0:
         raise SparsityError("--minutes must be above 0")
     device, budget = report.choose_device(args.device), Budget(args.minutes)
+
+    def sweep() -> Budget:
+        """A part of the time, so that enough is left for compiling whole models."""
+        return Budget(args.minutes and 0.3 * args.minutes)
+
     quick, dtypes, rounds = args.quick, inference.default_dtypes(device), 3 if args.quick else 10
     steps: dict[str, Callable[[Result], None]] = {
         "masks": lambda result: masks.run(result, device, quick),
         "training": lambda result: training.run(result, device, quick),
+        "products": lambda result: inference.run_products(result, device, quick, dtypes, rounds, sweep()),
         "models": lambda result: inference.run_models(result, device, quick, rounds, budget),
-        "products": lambda result: inference.run_products(result, device, quick, dtypes, rounds, budget),
     }
     failed = []
     for name, step in steps.items():

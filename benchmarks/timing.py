@@ -129,19 +129,28 @@ def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills ``["mib"]`` of the yielded dict with the peak memory of the block: allocated on CUDA, resident on Linux."""
+    """Fills ``["mib"]`` of the yielded dict with how much more memory the block took at its peak than before.
+
+    Allocated memory on CUDA, resident memory on Linux; empty elsewhere.
+    """
     result: dict[str, float] = {}
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield result
-        result["mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+        result["mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
         return
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         reset.write_text("5")  # the peak starts at what is resident now
+        before = _kib(status, "VmRSS")
     except OSError:
         yield result
         return
     yield result
-    match: Any = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-    result["mib"] = int(match[1]) / 1024
+    result["mib"] = (_kib(status, "VmHWM") - before) / 1024
+
+
+def _kib(status: Path, name: str) -> int:
+    match: Any = re.search(rf"{name}:\s+(\d+) kB", status.read_text())
+    return int(match[1])

@@ -149,7 +149,10 @@ def test_when_the_time_is_over_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> N
     result = Result("products", "cpu")
     inference.run_products(result, CPU, True, ["bf16"], 1, budget)
     assert result.rows[0]["not_run"].startswith("needs an NVIDIA GPU")
-    assert {row["not_run"] for row in result.rows[1:]} == {"out of time"}
+    assert result.rows[1:] == [{"layer": "4 more products", "not_run": "out of time"}]
+    result = Result("models", "cpu")
+    inference.run_models(result, CPU, True, 1, budget)
+    assert result.rows[0] == {"model": "transformer-base", "batch": 1, "not_run": "out of time"}
 
 
 def test_the_reached_part_of_a_gain() -> None:

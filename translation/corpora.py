@@ -162,12 +162,12 @@ _SENTENCE_END = re.compile(_ABBREVIATION + r"(?<=[.!?:])\s+(?=[\"„“»(]*[A-Z
 def libreoffice(cache: Path) -> list[Pair]:
     """English-German sentences of LibreOffice's help and user interface (MPL-2.0), out of three Debian packages.
 
-    The packages (6 MB) are downloaded and unpacked under `cache` with apt and dpkg, without root, once.
+    The packages (6 MB) are downloaded and unpacked under `cache`/debian with apt and dpkg, without root, once.
 
     Raises:
         SparsityError: where there is no apt, or its package lists are missing.
     """
-    root = cache / "libreoffice"
+    root = cache / "debian"
     if not all((root / package).is_dir() for package in LIBREOFFICE_PACKAGES):
         _fetch_debian(LIBREOFFICE_PACKAGES, root)
     return [pair for pairs in (_help_pages(root), _user_interface(root)) for pair in pairs]

@@ -113,7 +113,7 @@ def gettext_catalog(messages: dict[str, str]) -> bytes:
 
 
 def test_libreoffice_is_read_from_unpacked_packages(tmp_path: Path) -> None:
-    root = tmp_path / "libreoffice"
+    root = tmp_path / "debian"
     pages = "usr/share/libreoffice/help"
     page = '<h1 id="t" dir="auto">{}</h1><p id="p1" class="x">{}</p><p id="only{}">-</p>'
     english = page.format("Line <b>Breaks</b>", "It ends. Then it starts &amp; goes on .", "en")

@@ -29,12 +29,11 @@ def tiny(tmp_path: Path) -> Callable[..., Config]:
     """A digits run of 1 epoch in 10 steps; fields of the tree are given as ``optimizer__lr=...``."""
 
     def make(recipe: str = "digits_2by4", **changes: Any) -> Config:
-        config = replace(
-            configs.get(recipe), epochs=1, batch_size=107, log_every=1, folder=tmp_path / "run", device="cpu"
-        )
+        config = configs.get(recipe)
+        config = replace(config, optimizer=replace(config.optimizer, warmup_epochs=0))
+        config = replace(config, epochs=1, batch_size=107, log_every=1, folder=tmp_path / "run", device="cpu")
         if config.sparsity.method == "sr-ste":
             config = replace(config, sparsity=replace(config.sparsity, decay=1.0))
-        config = replace(config, optimizer=replace(config.optimizer, warmup_epochs=0))
         for name, value in changes.items():
             branch, _, leaf = name.partition("__")
             config = replace(config, **{branch: replace(getattr(config, branch), **{leaf: value}) if leaf else value})

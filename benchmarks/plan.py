@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,18 +61,23 @@ class Plan:
     """Of the whole model, if every N:M layer had a kernel."""
 
     def __str__(self) -> str:
-        headers = ["layer", "tokens", "weight", "bound", "of time", "ceiling", "verdict"]
+        headers = ["layers", "", "tokens", "weight", "bound", "of time", "ceiling", "verdict"]
+        alike: dict[tuple[str, Product, str], list[Layer]] = {}
+        for layer in self.layers:
+            kind = re.sub(r"\d+", "*", layer.name)
+            alike.setdefault((kind, layer.product, layer.verdict), []).append(layer)
         rows = [
             (
-                layer.name.removesuffix(".weight"),
-                layer.product.tokens,
-                f"{layer.product.rows}x{layer.product.columns}",
-                layer.bound,
-                f"{layer.share:.1%}",
-                f"{layer.ceiling:.2f}x",
-                layer.verdict,
+                _common_name([layer.name for layer in layers]).removesuffix(".weight"),
+                len(layers),
+                product.tokens,
+                f"{product.rows}x{product.columns}",
+                layers[0].bound,
+                f"{sum(layer.share for layer in layers):.1%}",
+                f"{layers[0].ceiling:.2f}x",
+                verdict,
             )
-            for layer in self.layers
+            for (_, product, verdict), layers in alike.items()
         ]
         pays = sum(layer.verdict == "pays" for layer in self.layers)
         return (
@@ -134,6 +140,12 @@ def plan(
         return 1 / (1 - gained)
 
     return Plan(layers, ceiling(lambda layer: not layer.obstacle), ceiling(lambda layer: True))
+
+
+def _common_name(names: Sequence[str]) -> str:
+    """The names in one, with a star for each number in which they differ."""
+    parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+    return "".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def _dtype(name: str) -> torch.dtype:

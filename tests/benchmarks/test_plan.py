@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def test_why_not(options: dict[str, str], device: str, reason: str) -> None:
 def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["resnet50", "--batch", "32", "--device", "h200"]) == 0
     text = capsys.readouterr().out
-    assert "fc                          32  1000x2048" in text
+    expected = r"^layer4\.\*\.conv2 +3 +1,568 +512x4608 .* no: torch has no 2:4 convolution"
+    assert re.search(expected, text, re.MULTILINE)
+    assert re.search(r'^fc +1 +32 +1000x2048 .* no: excluded by "fc"$', text, re.MULTILINE)
     assert "layers pay; the whole model gains at most 1.0" in text
     assert plan.main(["bert-large", "--json", "--batch", "8", "--device", "a100"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -114,6 +114,7 @@ def measure_product(
     result: Result, layer: str, product: Product, dtype: str, device: torch.device, rounds: int
 ) -> None:
     """One row for each way and launch mode of a product."""
+    report.progress(layer, product.tokens, f"{product.rows}x{product.columns}", dtype)
     x, w = random_operands(product, DTYPES[dtype], device)
     copies = timing.copies_beyond_cache(x.nbytes + w.nbytes, device)
     xs, ws = [x, *(x.clone() for _ in range(copies - 1))], [w, *(w.clone() for _ in range(copies - 1))]
@@ -202,6 +203,7 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
             if budget.spent:
                 rows[how, launch] = {"not_run": "out of time"}
                 continue
+            report.progress(name, how, launch)
             runnable: Any = model if mode is None else torch.compile(model, mode=mode)
             call = model_call(runnable, inputs)
             try:

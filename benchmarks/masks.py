@@ -65,6 +65,7 @@ def measure(
 ) -> None:
     """Time every alternative over all `weights` in one call, interleaved with a copy of them; one row each."""
     device = weights[0].device
+    report.progress(label, f"{sum(w.numel() for w in weights):,}", weights[0].dtype, pattern)
     bytes_once = sum(w.numel() * w.element_size() for w in weights)
     sets = [list(weights)]
     if device.type == "cuda":  # a training step finds none of its weights in the cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,6 +84,11 @@ class Result:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise SparsityError(f"{path} is not a result file: {error}") from error
+
+
+def progress(*what: object) -> None:
+    """Say on stderr what is being measured."""
+    print("...", *what, file=sys.stderr, flush=True)
 
 
 def slug(text: str) -> str:

@@ -86,6 +86,7 @@ def step(model: nn.Module, inputs: Tensor, amp: bool) -> Callable[[int], object]
 def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rounds: int, amp: bool = False) -> None:
     """Every variant of the model `name` on `inputs`; one row each."""
     setup = models.workload(name)
+    report.progress(name, tuple(inputs.shape))
     torch.manual_seed(0)
     base = setup.build().train()
     calls, memory = {}, {}
@@ -112,7 +113,7 @@ def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rou
             quartiles=[q - 1 for q in spread],
             rounds=rounds,
         )
-        result.rows[-1]["peak MiB"] = memory[variant]
+        result.rows[-1]["extra MiB"] = memory[variant]
 
 
 def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 7) -> None:

@@ -134,6 +134,7 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "images": len(dataset),
+        "detections": len(detections),
         **{name: {**one.numbers, "classes": one.classes} for name, one in scores.items()},
     }
     if metadata is not None and metadata["layers"]:

@@ -29,6 +29,8 @@ from nm_sparsity.detection import prepare, train
 THIRD_PARTY = (
     "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # mmdet's masks
     'ignore:"(dropout|add_residual)" is deprecated in `FFN:DeprecationWarning',  # DETR's layers
+    "ignore:The arguments `dropout` in MultiheadAttention:DeprecationWarning",
+    "ignore:To copy construct from a tensor:UserWarning",  # DETR's loss
     "ignore:torch.meshgrid:UserWarning",  # FCOS's points
 )
 

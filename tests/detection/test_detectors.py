@@ -45,6 +45,8 @@ def test_detector(make_config: Callable[..., Any], run: Callable[..., Any], name
     config = make_config(f"mmdet::{name}.py", pattern="2:4")
     shrink(config.model)
     config.model.backbone.update(base_channels=8, init_cfg=None)
+    if config.model.type == "FCOS":  # a group needs more than one channel
+        config.model.bbox_head.norm_cfg = {"type": "GN", "num_groups": 4}
     masks = "mask_head" in config.model.get("roi_head", {})
     steps = [{"type": "LoadImageFromFile"}, {"type": "Resize", "scale": (64, 64)}]
     steps += [{"type": "LoadAnnotations", "with_bbox": True, "with_mask": masks}]

@@ -75,12 +75,14 @@ def test_evaluate_finalizes_verifies_and_draws(
     assert "31 weights are N:M; the finalized model predicts the same" in printed
     result = json.loads((run / "evaluation.json").read_text())
     assert result["images"] == 4
+    assert result["detections"] > 0
     for kind in ("box", "mask"):
         assert set(evaluate.NUMBERS) < set(result[kind])
         assert len(result[kind]["classes"]) == 10
     assert f"{result['box']['AP']:.4g}" in printed
     assert verify(run / "finalized.pth", "2:4").checked
-    assert Image.open(run / "predictions.png").size == (2 * 388, 2 * 388)
+    with Image.open(run / "predictions.png") as picture:
+        assert picture.size == (2 * 388, 2 * 388)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +98,7 @@ def test_the_two_lines_of_the_readme_with_mmdetections_own_tools(
 ) -> None:
     """tools/train.py on a config with the README's two lines gives a verified file that tools/test.py scores."""
     config = make_config(method="dense")
-    config.custom_hooks, config.custom_imports = [], None
+    config.custom_hooks, config.custom_imports = [], {"imports": []}
     config.dump(tmp_path / "dense.py")
     two_lines = re.search(r"```python\n((custom_imports|custom_hooks) = .*?)```", README.read_text(), re.DOTALL)
     assert two_lines is not None

@@ -178,16 +178,13 @@ def learn_bpe(sentences: Iterable[str], vocabulary: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        most = re.search(r"value <= (\d+)", str(error))
-        least = re.search(r"required_chars size\D+\d+ vs (\d+)|(\d+) vs \d+\. ", str(error))
-        if most:
-            raise SparsityError(
-                f"--vocabulary {vocabulary} is more than this corpus allows: at most {most[1]}"
-            ) from None
-        raise SparsityError(
-            f"--vocabulary {vocabulary}: sentencepiece refuses it ({' '.join(str(error).split()[-25:])})"
-            + ("; the vocabulary must hold every character of the text" if least else "")
-        ) from None
+        if most := re.search(r"value <= (\d+)", str(error)):
+            reason = f"is more than this corpus allows: at most {most[1]}"
+        elif least := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
+            reason = f"does not hold every character of this corpus: at least {least[1]}"
+        else:
+            reason = f"is refused by sentencepiece: {error}"
+        raise SparsityError(f"--vocabulary {vocabulary} {reason}") from None
     return model.getvalue()
 
 

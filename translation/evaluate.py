@@ -7,6 +7,7 @@ the very same output. Everything also goes to ``RUN/evaluation.json``.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import re
@@ -49,10 +50,10 @@ class Options:
     """The prepared folder, if it is not where the run was trained on."""
     subset: str = "test"
     """valid or test."""
-    beam: int = 5
-    """Beam size."""
-    lenpen: float = 1.0
-    """Length penalty: above 1 favours longer translations."""
+    beam: int | None = None
+    """Beam size; default: the recipe's, or 5."""
+    lenpen: float | None = None
+    """Length penalty, above 1 favours longer translations; default: the recipe's, or 1."""
     samples: int = 10
     """Translations to show."""
     pattern: Annotated[str | None, tyro.conf.arg(metavar="N:M")] = None
@@ -189,6 +190,7 @@ def evaluate(options: Options) -> Translated | Perplexity:
     check_separate(folder, prepared.languages)
     if options.subset not in ("valid", "test"):
         raise SparsityError(f'subset must be "valid" or "test", found "{options.subset}"')
+    decoding = _decoding(options)
     texts = [read_lines(folder / f"{options.subset}.{language}") for language in prepared.languages]
 
     def run() -> tuple[object, Translated | Perplexity]:
@@ -196,7 +198,7 @@ def evaluate(options: Options) -> Translated | Perplexity:
             result = perplexity(model, task, options.subset, texts[0])
             return result, result
         sources, references = texts
-        hypotheses = translate(model, task, options.subset, options.beam, options.lenpen)
+        hypotheses = translate(model, task, options.subset, **decoding)
         if len(hypotheses) != len(references):
             raise SparsityError(
                 f"{folder}/bin holds {len(hypotheses)} sentences, {folder}/{options.subset}.* {len(references)}: "
@@ -216,9 +218,19 @@ def evaluate(options: Options) -> Translated | Perplexity:
             )
         verify(model, options.pattern)
     if options.run.is_dir():
-        decoding = {"subset": options.subset, "beam": options.beam, "lenpen": options.lenpen}
-        write_json(options.run / EVALUATION, {**asdict(result), **decoding, "verified": sparse})
+        how = {"subset": options.subset, **decoding, "verified": sparse}
+        write_json(options.run / EVALUATION, {**asdict(result), **how})
     return result
+
+
+def _decoding(options: Options) -> dict[str, Any]:
+    """Beam and length penalty: as asked for, or the recipe's, or fairseq's own."""
+    recipe = options.run / "config.json"
+    known = json.loads(recipe.read_text())["config"] if recipe.is_file() else {}
+    return {
+        "beam": options.beam or known.get("beam", 5),
+        "lenpen": known.get("lenpen", 1.0) if options.lenpen is None else options.lenpen,
+    }
 
 
 def show(result: Translated | Perplexity) -> str:

@@ -129,7 +129,7 @@ def _conduct_one(study: Study, recipe: recipes.Config, run: Run, updates: int, b
                 if found := re.search(r"num_updates=(\d+)", line):
                     bar.update(int(found[1]) - done)
                     done = int(found[1])
-            for _ in _lines("evaluate", [str(folder), "--beam", str(recipe.beam), "--lenpen", str(recipe.lenpen)], log):
+            for _ in _lines("evaluate", [str(folder)], log):
                 pass
     bar.update(mine - done)
     with _report_lock:

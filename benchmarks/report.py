@@ -163,7 +163,7 @@ def saved(what: str, device: torch.device, folder: str | Path) -> Iterator[Resul
 
 
 CHARTS = {
-    "masks": ("ns/weight", ("weights", "pattern", "dtype", "how")),
+    "masks": ("ns/weight", ("weights", "millions", "pattern", "dtype", "how")),
     "training": ("overhead", ("model", "variant")),
     "products": ("speedup", ("layer", "tokens", "dtype", "how", "launch")),
     "models": ("speedup", ("model", "how", "launch")),
@@ -190,6 +190,7 @@ def plot(result: Result, path: Path) -> Path | None:
         axes.plot([rows[i]["ceiling"] for i in limited], limited, "k|", markersize=9, label="ceiling")
         axes.legend()
     axes.set_yticks(range(len(rows)), [" ".join(str(row.get(label, "")) for label in labels) for row in rows], size=7)
+    axes.margins(y=0.01)
     axes.set_xlabel(column)
     axes.set_title(f"{result.what}: {result.device}, torch {result.environment['torch']}", size=9)
     picture = path.with_suffix(".png")

@@ -119,6 +119,7 @@ def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rou
 def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 7) -> None:
     """The whole benchmark: small inputs on a CPU, those of real training on a GPU."""
     if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
         cases = [("resnet50", (32 if quick else 256, 224)), ("language-model", (8 if quick else 32, 512))]
     else:
         torch.set_num_threads(threads)

@@ -91,15 +91,15 @@ def select(
     """RESULT goes to `out`, which lies in memory as `w` does; `scale` is a number or a pointer to one."""
     if SCALE_IS_POINTER:
         scale = tl.load(scale).to(tl.float32)
-    group = tl.program_id(0).to(tl.int64) * G + tl.arange(0, G)
+    group = tl.program_id(0) * G + tl.arange(0, G)  # offsets in entries can exceed 32 bits, group numbers do not
     if CONTIGUOUS:
-        at = group[:, None] * M + tl.arange(0, M)[None, :]
+        at = group.to(tl.int64)[:, None] * M + tl.arange(0, M)[None, :]
         inside = (group < groups)[:, None]
         block = tl.load(w + at, mask=inside, other=0.0)
         kept = _kept(_columns(block, G, M), M, N, NAN_KEY)
         _write(block, _rows(kept, G, M), out, at, inside, scale, RESULT)
     else:
-        start = group // inner * (M * inner) + group % inner
+        start = (group // inner).to(tl.int64) * (M * inner) + group % inner
         inside = group < groups
         columns = ()
         for j in tl.static_range(M):

@@ -56,8 +56,9 @@ def compare(
     """Time each alternative once a round, as many calls in a row as take `least_seconds`."""
     calls = {}
     for name, call in alternatives.items():
-        sample(call, device, 1)  # first-call work: compilation, allocation, autotuning
-        calls[name] = min(1000, int(least_seconds / max(sample(call, device, 1), 1e-7)) + 1)
+        first = sample(call, device, 1)  # with first-call work: compilation, allocation, autotuning
+        once = first if first > 1000 * least_seconds else sample(call, device, 1)
+        calls[name] = min(1000, int(least_seconds / max(once, 1e-7)) + 1)
     samples: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, call in alternatives.items():

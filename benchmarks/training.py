@@ -116,7 +116,7 @@ def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rou
         result.rows[-1]["extra MiB"] = memory[variant]
 
 
-def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 7) -> None:
+def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 5) -> None:
     """The whole benchmark: small inputs on a CPU, those of real training on a GPU."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     report.add_arguments(parser)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each variant (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each variant (default 5)")
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:
         raise SparsityError("--threads and --rounds must be at least 1")

@@ -115,7 +115,6 @@ def to_semi_structured(
             if key not in algorithms:
                 algorithms[key] = _fastest_algorithm(weight, bias, tokens)
             weight.alg_id_cusparselt = algorithms[key]
-        setattr(module, "weight", None)  # noqa: B010  (a Parameter of another shape may not take the old one's place)
         module.weight = nn.Parameter(weight, requires_grad=False)
         module.__class__ = SemiStructuredLinear if isinstance(module, nn.Linear) else SemiStructuredConv2d
         rows.append((name, shape, algorithms.get(key, 0), ""))

@@ -58,7 +58,8 @@ def save_packed(path: str | Path, source: nn.Module | Mapping[str, Any] | str | 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _safetensors().torch.save_file(tensors, temporary, metadata)
+        # Not save_file: that makes a file which only its owner can read.
+        temporary.write_bytes(_safetensors().torch.save(tensors, metadata))
         os.replace(temporary, path)
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error.strerror or error}") from error
@@ -152,7 +153,7 @@ def _state_and_table(source: nn.Module | Mapping[str, Any] | str | Path) -> tupl
     if isinstance(source, nn.Module):
         model = record.unwrap(source)
         table = record.table(model)
-        if not table or not all(found.finalized for _, found in record.records(model)):
+        if not table or any(found.table is None for _, found in record.records(model)):
             raise SparsityError(f"{type(model).__name__} is not a finalized sparse model: call finalize(model) first")
         return model.state_dict(), table
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)

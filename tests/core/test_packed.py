@@ -58,6 +58,9 @@ def test_a_model_comes_back(tmp_path: Path, pattern: str, layout: str, dtype: to
     net = model(pattern, layout, dtype)
     restored = load_packed(save_packed(tmp_path / "new" / "m.safetensors", net))
     assert same(restored, net.state_dict())
+    (tmp_path / "plain").touch()
+    (written,) = (tmp_path / "new").iterdir()
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode  # others can read it as any file
 
 
 def test_half_precision_2_4_takes_nine_sixteenths() -> None:

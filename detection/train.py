@@ -84,6 +84,7 @@ def train(
     seed: int = 0,
     resume: bool = False,
     launcher: Literal["none", "pytorch", "slurm", "mpi"] = "none",
+    print_config: bool = False,
 ) -> None:
     """Train a detector with MMDetection.
 
@@ -98,6 +99,7 @@ def train(
         seed: of initialisation and shuffling.
         resume: go on from the last checkpoint in the run folder.
         launcher: pytorch under torchrun.
+        print_config: print the whole config and stop.
     """
     loaded = configs.read(config, overrides)
     if data is not None:
@@ -105,6 +107,9 @@ def train(
     given: dict[str, Any] = {"pattern": pattern, "method": method, "decay": decay}
     if sparsity := {key: value for key, value in given.items() if value is not None}:
         configs.set_sparsity(loaded, SparsityConfig(**sparsity))
+    if print_config:
+        print(loaded.pretty_text)
+        return
     run(loaded, out or Path("runs") / Path(config).stem, seed, resume, launcher)
 
 

@@ -125,6 +125,15 @@ def test_two_ranks_train_one_model(data: Path, tmp_path: Path) -> None:
     assert len(verify(tmp_path / "epoch_1.pth", "2:4").checked) == 31
 
 
+def test_print_config_shows_what_would_be_trained(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["tiny_mask_rcnn", "--data", str(data), "--pattern", "1:4", "--decay", "0.3", "--print-config"]
+    assert train.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "pattern='1:4'" in printed
+    assert "decay=0.3" in printed
+    assert "num_classes=10" in printed
+
+
 def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert train.main(list(arguments)) == 1
     error = capsys.readouterr().err

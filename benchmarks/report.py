@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class Result:
     what: str
     device: str
     rows: list[Row] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=environment)
+    environment: dict[str, Any] = field(default_factory=lambda: {**environment(), "driver": driver()})
 
     def add(self, **row: Any) -> None:
         """Append a row; the values are text, numbers, None or lists of numbers."""
@@ -84,6 +85,15 @@ class Result:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise SparsityError(f"{path} is not a result file: {error}") from error
+
+
+def driver() -> str | None:
+    """The version of the NVIDIA driver, if there is one."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def progress(*what: object) -> None:
@@ -220,7 +230,9 @@ def draw(folder: str | Path = COMMITTED, page: Path = PAGE) -> None:
 
 def _section(path: Path) -> str:
     result, about = Result.load(path), Result.load(path).environment
-    where = result.device + (f", CUDA {about['cuda']}" if about.get("gpu") else f", {about['threads']} thread(s)")
+    where = result.device + (
+        f", CUDA {about['cuda']}, driver {about['driver']}" if about.get("gpu") else f", {about['threads']} thread(s)"
+    )
     lines = [
         f"**{where}**, torch {about['torch']}, Python {about['python']}, {about['time'][:10]}, "
         f"commit {str(about['commit'])[:10]}: [`{path.name}`](results/{path.name})",

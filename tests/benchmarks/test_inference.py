@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from nm_sparsity.benchmarks import inference, models, timing
+from nm_sparsity.benchmarks import devices, inference, models, timing
 from nm_sparsity.benchmarks.devices import Product
 from nm_sparsity.benchmarks.inference import DTYPES, SPARSE, Unavailable
 from nm_sparsity.benchmarks.report import Result
@@ -61,6 +61,45 @@ def test_every_way_fits_the_kernels_of_torch(monkeypatch: pytest.MonkeyPatch, dt
     if dtype == "fp8":
         expected["cutlass"] = "cutlass has no float8_e4m3fn"
     assert outputs == expected
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_pretended_h100_rows_have_ceilings_and_graphs(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """The whole GPU path on fake CUDA tensors; only the clock and the comparison of values are replaced."""
+
+    class Graph(timing.CudaGraph):
+        def __init__(self, call: timing.Call, calls: int) -> None:
+            self.calls, self.call = calls, call
+
+        def __call__(self, i: int) -> None:
+            self.call(i)
+
+    def sample(call: timing.Call, device: torch.device, calls: int) -> float:
+        call(0)
+        return 1e-5 if isinstance(call, Graph) else 4e-5
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(export, "compress", fake_compress)
+    monkeypatch.setattr(export, "search_algorithm", lambda *args, **options: (3, 2, 1))
+    monkeypatch.setattr(inference, "CudaGraph", Graph)
+    monkeypatch.setattr(inference, "relative_error", lambda found, reference: 0.0)
+    monkeypatch.setattr(timing, "sample", sample)
+    monkeypatch.setattr(timing, "copies_beyond_cache", lambda size, device: 2)
+    monkeypatch.setattr(devices, "present", lambda: devices.find("h100"))
+    result, product = Result("products", "h100"), Product(4096, 4096, 4096, DTYPES[dtype].itemsize)
+    with FakeTensorMode():
+        inference.measure_product(result, "layer", product, dtype, torch.device("cuda"), rounds=3)
+    rows = {(row["how"], row["launch"]): row for row in result.rows}
+    assert "8.x only, and this GPU has 9.0" in rows["cutlass", "eager"]["not_run"]
+    for how in ("cusparselt", "cusparselt, searched"):
+        for launch, us in (("eager", 40.0), ("graph", 10.0)):
+            row = rows[how, launch]
+            assert row["us"] == pytest.approx(us)
+            assert (row["speedup"], row["ceiling"], row["gain"]) == (1.0, 2.0, 0.0)
+    assert rows["dense", "graph"]["us"] == pytest.approx(10.0)
+    assert len(rows) == 7
 
 
 @pytest.fixture

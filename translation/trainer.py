@@ -120,17 +120,19 @@ def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
     """
     if PathManager.path_requires_pathmanager(dst_path):
         return bool(_stock_copy(src_path, dst_path, overwrite))
-    temporary = f"{dst_path}.tmp"
+    temporary = Path(f"{dst_path}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        Path(temporary).unlink(missing_ok=True)
         try:
             os.link(src_path, temporary)
         except OSError:
             shutil.copyfile(src_path, temporary)
         os.replace(temporary, dst_path)
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True)
         raise CheckpointError(f"could not write {dst_path} ({error}); the previous file is unchanged") from error
+    finally:
+        # Also left behind by a rename onto a link to the same file.
+        temporary.unlink(missing_ok=True)
     return True
 
 

@@ -95,7 +95,7 @@ def test_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq, metho
     for name, memory in states[0].items():
         assert memory["lr_sum"] == states[1][name]["lr_sum"] == pytest.approx(6 * 0.01)
         if method == "asp":
-            assert torch.equal(memory["mask"], states[1][name]["mask"])
+            assert torch.equal(memory["state"]["mask"], states[1][name]["state"]["mask"])
 
 
 def test_sigterm_ends_with_a_checkpoint_and_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:
@@ -351,6 +351,7 @@ def test_copies_of_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatc
         assert target.read_bytes() == source.read_bytes()
     target.unlink()
     assert copy(str(source), str(target))
+    assert copy(str(source), str(target))  # once more, onto itself
     assert target.stat().st_ino == source.stat().st_ino
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.pt", "last.pt"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from nm_sparsity.core import checkpoint, masks, verify
+from nm_sparsity.core import checkpoint, grouping, masks, verify
 from nm_sparsity.core.config import SparsityConfig
 from nm_sparsity.core.errors import SparsityError, command_line
 from nm_sparsity.core.flops import count_flops
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for sub, default in ((inspect, "2:4"), (check, None), (final, None)):
         sub.add_argument("--pattern", default=default, help="N:M, e.g. 2:4")
-    for sub in (inspect, final):
+    for sub in (inspect, check, final):
         sub.add_argument("--exclude", action="append", default=[], metavar="GLOB", help="layers that stay dense")
     return parser
 
@@ -79,7 +80,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    print(verify(args.file, args.pattern, args.layout))
+    print(verify(args.file, args.pattern, args.layout, args.exclude))
 
 
 def _finalize(args: argparse.Namespace) -> None:
@@ -89,6 +90,8 @@ def _finalize(args: argparse.Namespace) -> None:
         if args.pattern is None:
             raise SparsityError(f"{args.file} carries no table of sparse weights; say which pattern: --pattern 2:4")
         metadata = _mask_all(state, args)
+    elif args.exclude:
+        raise SparsityError(f"{args.file} carries a table of its sparse weights; --exclude is for files without one")
     else:
         metadata = {key: value for key, value in metadata.items() if key not in ("dropped", "state")}
     result = {"state_dict": state, checkpoint.METADATA: metadata}
@@ -106,7 +109,7 @@ def _mask_all(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]
         pattern, _ = rules.choose(name)
         if pattern is None or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
             continue
-        dims = (1,) if rules.layout == "channel" else tuple(range(1, value.dim()))
+        dims = grouping.dims_by_shape(value.dim(), rules.layout)
         if value.dim() < 2 or torch.Size(value.shape[d] for d in dims).numel() % pattern.m:
             continue
         state[name] = masks.keep_largest(value, pattern, dims)
@@ -118,7 +121,7 @@ def _build(name: str) -> nn.Module:
     module_name, _, function = name.partition(":")
     if not function:
         try:
-            from torchvision.models import get_model, list_models
+            from torchvision.models import get_model, get_model_builder, list_models
         except ImportError as error:
             raise SparsityError(f'"{name}" needs torchvision: pip install "nm-sparsity[classification]"') from error
         if name not in list_models():
@@ -127,11 +130,13 @@ def _build(name: str) -> nn.Module:
                 f'unknown model "{name}"; torchvision has {", ".join(close[:8])} ...; '
                 "for a model of your own write package.module:function"
             )
-        built: nn.Module = get_model(name, weights=None)
+        # Detectors would otherwise fetch a pretrained backbone.
+        takes = signature(get_model_builder(name)).parameters
+        built: nn.Module = get_model(name, **dict.fromkeys({"weights", "weights_backbone"} & set(takes)))
         return built
     try:
         model = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # Whatever a user's own code raises.
         raise SparsityError(f'cannot build "{name}": {error}') from error
     if not isinstance(model, nn.Module):
         raise SparsityError(f'"{name}" returned {type(model).__name__}, expected a torch.nn.Module')

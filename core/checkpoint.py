@@ -25,6 +25,9 @@ from nm_sparsity.core.layers import sparse_weights
 METADATA = "nm_sparsity"
 """The key of the second part of `split` in every checkpoint file of ours."""
 
+FORMAT = 1
+"""Of that second part; a reader refuses a newer one."""
+
 _PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -122,12 +125,12 @@ def merge(state_dict: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[st
 
 def describe(model: nn.Module) -> dict[str, Any]:
     """The metadata of a sparsified or finalized model: format, method, layout, and the table of sparse weights."""
-    found = [r for _, r in record.records(model)]
+    found = record.any_of(model)
     return {
-        "format": 1,
-        "method": found[0].method if found else "dense",
-        "hyperparameters": dict(found[0].hyperparameters) if found else {},
-        "layout": found[0].layout if found else "channel",
+        "format": FORMAT,
+        "method": found.method,
+        "hyperparameters": dict(found.hyperparameters),
+        "layout": found.layout,
         "layers": {name: (g.pattern, list(g.dims)) for name, g in record.table(model).items()},
     }
 
@@ -143,7 +146,9 @@ def restore(model: nn.Module, state_dict: Mapping[str, Any], metadata: Mapping[s
         CheckpointError: if names, shapes, patterns or layouts differ. `model` is unchanged then.
     """
     model = record.unwrap(model)
-    state = strip_prefix(state_dict)
+    state = dict(state_dict)
+    if state.keys() != model.state_dict().keys():
+        state = strip_prefix(state)
     _check_names_and_shapes(model, state)
     resuming = metadata is not None and any(True for _ in sparse_weights(model))
     if metadata is not None and resuming:
@@ -178,7 +183,7 @@ def check_table(model: nn.Module, metadata: Mapping[str, Any]) -> None:
 def sparsity_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What the method remembers of each sparse weight (ASP's masks, the sum of learning rates), by weight name."""
     return {
-        name: {"lr_sum": float(sparse.lr_sum), **sparse.state}
+        name: {"lr_sum": float(sparse.lr_sum), "preconditioned": sparse.preconditioned, "state": dict(sparse.state)}
         for name, _, sparse in sparse_weights(record.unwrap(model))
     }
 
@@ -194,8 +199,9 @@ def load_sparsity_state(model: nn.Module, state: Mapping[str, Mapping[str, Any]]
         if name not in weights:
             raise CheckpointError(f"the method's state names {name}, which is not a sparse weight of this model")
     for name, memory in state.items():
-        weights[name].state = {key: value for key, value in memory.items() if key != "lr_sum"}
-        weights[name].lr_sum = memory.get("lr_sum", 0.0)
+        weights[name].state = dict(memory["state"])
+        weights[name].lr_sum = memory["lr_sum"]
+        weights[name].preconditioned = memory["preconditioned"]
 
 
 def strip_prefix(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,11 +222,14 @@ def find_parts(payload: Any, path: str | Path) -> tuple[dict[str, Any], dict[str
     if isinstance(payload, Mapping):
         holders = [payload, *(value for value in payload.values() if isinstance(value, Mapping))]
         metadata = next((h[METADATA] for h in holders if METADATA in h), None)
+        if metadata is not None and metadata["format"] > FORMAT:
+            raise CheckpointError(f"{path} was written by a newer nm-sparsity (format {metadata['format']}): update it")
+        clean = strip_prefix if metadata is None else dict  # our own names are the model's
         for key in ("state_dict", "model"):
             if isinstance(payload.get(key), Mapping):
-                return strip_prefix(payload[key]), metadata
+                return clean(payload[key]), metadata
         if any(isinstance(value, Tensor) for value in payload.values()):
-            return strip_prefix({k: v for k, v in payload.items() if k != METADATA}), metadata
+            return clean({k: v for k, v in payload.items() if k != METADATA}), metadata
     raise CheckpointError(f'{path} holds no state dict: neither names of tensors nor a "state_dict" or "model" entry')
 
 

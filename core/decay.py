@@ -6,6 +6,7 @@ gradient has been accumulated, reduced over ranks, unscaled and clipped, so lamb
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -26,9 +27,6 @@ WEAK_DECAY = 0.1
 """Below this lambda * sum(lr), dropped weights hardly decay and SR-STE trains like STE."""
 
 _UNHELD_STEPS = 10
-_treated: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Gradient -> its version when the method had changed it. Optimizers that call others (ZeroRedundancyOptimizer, SAM)
-fire the hook twice for one gradient; unlike a flag, this cannot be left behind by a step that raised."""
 _unheld: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 """Shadow weight -> optimizer steps since which it got new gradients and no stepping optimizer held it."""
 _seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -41,15 +39,8 @@ class _Held(NamedTuple):
     lr: float | Tensor
 
 
-@cache
-def install() -> None:
-    """Register the global optimizer step hooks, once."""
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
-
-
 def decay_strength(model: nn.Module) -> float | None:
-    """lambda * sum(lr) over all optimizer steps so far: how strongly dropped weights were decayed.
+    """lambda * sum(lr) over all optimizer steps so far: how strongly dropped weights were decayed, at most.
 
     With plain SGD a weight that is dropped throughout shrinks by about exp(-strength), with momentum by
     exp(-strength / (1 - momentum)). About 6 in the paper's ImageNet run; below 0.1 SR-STE acts like STE. Adaptive
@@ -65,7 +56,15 @@ def decay_strength(model: nn.Module) -> float | None:
 
 
 def warn_if_weak(model: nn.Module) -> None:
-    """Warn if SR-STE's decay was too weak to matter in the SGD steps so far."""
+    """Warn if the decay never reached the weights, or was too weak to matter in the SGD steps so far."""
+    trained = [s for _, p, s in layers.sparse_weights(model) if p.requires_grad and p.grad is not None]
+    if trained and not any(sparse.lr_sum for sparse in trained):
+        warnings.warn(
+            "the sparse weights got gradients, but no torch.optim optimizer stepped them: if they were trained, their "
+            "method's part in it (SR-STE's decay, ASP's mask) was never applied",
+            UserWarning,
+            stacklevel=3,
+        )
     strength = decay_strength(model)
     if strength is not None and not any(s.preconditioned for _, _, s in layers.sparse_weights(model)):
         warn_if_strength_is_weak(strength)
@@ -83,19 +82,22 @@ def warn_if_strength_is_weak(strength: float) -> None:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _is_nested():
+        return None
     held = _held(optimizer)
-    for _, sparse, lr in held:
-        sparse.lr_sum = sparse.lr_sum + lr
-        sparse.preconditioned |= not isinstance(optimizer, torch.optim.SGD)
-    _treat(optimizer, held)
+    with torch.no_grad():
+        for _, sparse, lr in held:
+            sparse.lr_sum = sparse.lr_sum + lr
+            sparse.preconditioned |= not isinstance(optimizer, torch.optim.SGD)
     _warn_unheld(held)
     positional = len(args) > 1  # args[0] is the optimizer itself
     closure = args[1] if positional else kwargs.get("closure")
     if closure is None:
+        _treat(optimizer, held)
         return None
 
     def treated_closure() -> Any:
-        # The backward pass runs inside step: Lightning, LBFGS, SAM.
+        # The backward pass runs inside step (Lightning, LBFGS, SAM), and may add to gradients from before.
         loss = closure()
         _treat(optimizer, _held(optimizer))
         return loss
@@ -113,30 +115,37 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
                 sparse.method.after_step(w, sparse)
 
 
+def _is_nested() -> bool:
+    """Whether an optimizer steps inside another's step (ZeroRedundancyOptimizer, SAM), which was treated already.
+
+    Read off the call stack: a flag would be left behind by a step that raises.
+    """
+    frame = sys._getframe(2)  # the wrapper that torch.optim puts around every optimizer's step
+    wrapper = frame.f_code
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code is wrapper:
+            return True
+    return False
+
+
 def _treat(optimizer: Optimizer, held: list[_Held]) -> None:
-    """Let each method change the gradients of the weights that `optimizer` holds, each gradient once."""
+    """Let each method change the gradients of the weights that `optimizer` holds."""
     # A fused optimizer divides by the loss scale inside step.
     scale = getattr(optimizer, "grad_scale", None)
     scale = 1.0 if scale is None else scale
-    treated = []
     with torch.no_grad():
         for param, sparse, _ in held:
             if param.grad is None:
                 continue
             w, grad = _local(param, sparse), _local(param.grad, sparse)
-            if _treated.get(grad) == grad._version or not w.numel():
-                continue
             if w.element_size() < 4:
                 _warn_half()
-            sparse.method.before_step(w, grad, sparse, scale)
-            treated.append(grad)
-    # Afterwards, since gradients that are views of one DDP bucket share a version.
-    for grad in treated:
-        _treated[grad] = grad._version
+            if w.numel():
+                sparse.method.before_step(w, grad, sparse, scale)
 
 
 def _held(optimizer: Optimizer) -> list[_Held]:
-    lr = {id(p): group.get("lr", 0.0) for group in optimizer.param_groups for p in group["params"]}
+    lr = {id(p): group.get("lr") or 0.0 for group in optimizer.param_groups for p in group["params"]}
     return [_Held(param, sparse, lr[id(param)]) for param, sparse in _live_weights() if id(param) in lr]
 
 
@@ -192,3 +201,7 @@ def _warn_half() -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)

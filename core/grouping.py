@@ -66,6 +66,8 @@ def weights(model: nn.Module) -> Iterator[Weight]:
             weight.owners.append((module_name, module, param_name))
             if lazy:
                 weight.obstacle = "not initialised yet: run a forward pass first"
+            elif not param.dtype.is_floating_point or param.element_size() < 2:
+                weight.obstacle = f"{param.dtype}: masks need fp64, fp32, bf16 or fp16"
             elif param_name not in sparse_names:
                 foreign[id(param)] = _foreign_reason(module)
     for key, weight in found.items():
@@ -115,8 +117,14 @@ def reduction_dims(module: nn.Module, weight_dims: int, layout: Layout) -> tuple
     channel layout, all but the first in the kernel layout. Transposed convolutions are (in, out/groups, *kernel):
     ``(0,)``, or dimension 0 and the kernel's.
     """
-    axis = 0 if is_transposed(module) else 1
-    return (axis,) if layout == "channel" else (axis, *range(2, weight_dims))
+    if not is_transposed(module):
+        return dims_by_shape(weight_dims, layout)
+    return (0,) if layout == "channel" else (0, *range(2, weight_dims))
+
+
+def dims_by_shape(weight_dims: int, layout: Layout) -> tuple[int, ...]:
+    """The reduction dimensions of a tensor of which nothing but the shape is known: (out, in, *kernel) is assumed."""
+    return (1,) if layout == "channel" else tuple(range(1, weight_dims))
 
 
 def reason_against(module: nn.Module, shape: tuple[int, ...], pattern: NMPattern, dims: tuple[int, ...]) -> str:

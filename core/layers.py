@@ -25,12 +25,15 @@ registry: WeakSet[SparseLayer] = WeakSet()
 class SparseLayer:
     """Mixin in front of a dense layer class; made by `convert`, undone by `revert`."""
 
-    nm_weights: dict[str, SparseWeight]
+    # Defaults on the class, so that ``type(layer)(...)`` makes a layer that is dense until it is converted.
+    nm_weights: dict[str, SparseWeight] = {}  # noqa: RUF012
     """What makes each weight sparse, by parameter name."""
-    _nm_raw: bool
+    _nm_raw = False
     """While set, the weight properties return the shadow weights."""
-    _nm_frozen: dict[str, Tensor] | None
+    _nm_frozen: dict[str, Tensor] | None = None
     """Inside `frozen`: the masked weights computed so far."""
+    _nm_blocks = 0
+    """How many `frozen` blocks the layer is in."""
     _parameters: dict[str, nn.Parameter | None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -55,8 +58,10 @@ class SparseLayer:
             super().reset_parameters()  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {key: value for key, value in self.__dict__.items() if key != "_nm_frozen"}
-        return _rebuild, (dense_class(self), tuple(self.nm_weights)), {**state, "_nm_frozen": None}
+        state: Any = self.__getstate__()
+        transient = ("_nm_raw", "_nm_frozen", "_nm_blocks")
+        kept = {key: value for key, value in state.items() if key not in transient}
+        return _rebuild, (dense_class(self), tuple(self.nm_weights)), kept
 
     def extra_repr(self) -> str:
         patterns = sorted({str(sparse.pattern) for sparse in self.nm_weights.values()})
@@ -66,7 +71,7 @@ class SparseLayer:
 
 def convert(module: nn.Module, weights: dict[str, SparseWeight]) -> None:
     """Swap the class of `module` so that the parameters named in `weights` are sparse. In place; no tensor changes."""
-    module.__dict__.update(nm_weights=weights, _nm_raw=False, _nm_frozen=None)
+    module.__dict__["nm_weights"] = weights
     module.__class__ = _sparse_class(type(module), tuple(weights))  # type: ignore[arg-type]
     assert isinstance(module, SparseLayer)
     registry.add(module)
@@ -77,8 +82,8 @@ def revert(module: nn.Module) -> None:
     assert isinstance(module, SparseLayer)
     registry.discard(module)
     module.__class__ = dense_class(module)  # type: ignore[assignment]
-    for key in ("nm_weights", "_nm_raw", "_nm_frozen"):
-        del module.__dict__[key]
+    for key in ("nm_weights", "_nm_raw", "_nm_frozen", "_nm_blocks"):
+        module.__dict__.pop(key, None)
 
 
 def dense_class(module: SparseLayer) -> type[nn.Module]:
@@ -112,14 +117,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Weights must not change inside. Reads with gradients enabled are not cached, so training inside stays correct.
     """
     layers = [layer for _, layer in sparse_layers(model)]
-    before = [layer._nm_frozen for layer in layers]
     for layer in layers:
-        layer._nm_frozen = {}
+        if layer._nm_frozen is None:
+            layer._nm_frozen = {}
+        layer._nm_blocks += 1
     try:
         yield
     finally:
-        for layer, cache_before in zip(layers, before, strict=True):
-            layer._nm_frozen = cache_before
+        for layer in layers:
+            layer._nm_blocks -= 1
+            if not layer._nm_blocks:
+                layer._nm_frozen = None
 
 
 @contextmanager
@@ -133,7 +141,9 @@ def _raw(layer: SparseLayer) -> Iterator[None]:
 
 @cache
 def _sparse_class(dense: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    return type(f"Sparse{dense.__name__}", (SparseLayer, dense), {name: _property(name) for name in names})
+    # torch.fx takes layers of torch.nn as they are, by their module's name.
+    members = {"__module__": dense.__module__, **{name: _property(name) for name in names}}
+    return type(f"Sparse{dense.__name__}", (SparseLayer, dense), members)
 
 
 def _rebuild(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -144,6 +154,8 @@ def _rebuild(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _property(name: str) -> property:
     def get(layer: SparseLayer) -> Any:
+        if name not in layer._parameters and name not in layer.__dict__:
+            raise AttributeError(f"{type(layer).__name__} has no {name}: something took its parameter away")
         try:
             return _effective(layer, name)
         except AttributeError as error:
@@ -154,14 +166,20 @@ def _property(name: str) -> property:
         # nn.Module handles Parameters itself; DataParallel's replicas carry plain tensors.
         layer.__dict__[name] = value
 
-    return property(get, set_plain)
+    def delete(layer: SparseLayer) -> None:
+        raise RuntimeError(
+            f"{type(layer).__name__}.{name} belongs to a sparse layer and cannot be replaced by a wrapper (FSDP1, "
+            "prune, parametrize): use fully_shard, or call finalize or unsparsify first"
+        )
+
+    return property(get, set_plain, delete)
 
 
 def _effective(layer: SparseLayer, name: str) -> Any:
     w = layer._parameters[name] if name in layer._parameters else layer.__dict__[name]
-    if w is None or layer._nm_raw:
+    sparse = layer.nm_weights.get(name)
+    if w is None or sparse is None or layer._nm_raw:
         return w
-    sparse = layer.nm_weights[name]
     if isinstance(w, DTensor):
         # FSDP2 reads the attribute outside forward to register its shard.
         if 0 in sparse.dims:

@@ -34,7 +34,7 @@ class NMPattern:
         """
         if isinstance(text, NMPattern):
             return text
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
         if match is None:
             raise SparsityError(f'pattern "{text}" is not of the form N:M; write e.g. "2:4" to keep 2 of every 4')
         return cls(int(match[1]), int(match[2]))

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.layers import sparse_layers, sparse_weights
 
 
 class Groups(NamedTuple):
@@ -20,24 +21,24 @@ class Groups(NamedTuple):
 
 
 Table = dict[str, Groups]
-"""State-dict name -> groups, of every sparse weight: the only truth about which weights are sparse, and how."""
+"""State-dict name -> groups, of every sparse weight."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Record:
-    """Attached to the module that `sparsify` was called on; names in the table are relative to it."""
+    """Attached to the module that `sparsify` or `finalize` was called on."""
 
     method: str
     hyperparameters: dict[str, Any]
     layout: str
-    table: Table
-    finalized: bool = False
+    table: Table | None = None
+    """The weights that `finalize` made N:M, named relative to the module; ``None`` before."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel and torch.compile wrappers."""
+    """The user's own model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
     while True:
-        if isinstance(model, DistributedDataParallel):
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif isinstance(inner := model.__dict__.get("_modules", {}).get("_orig_mod"), nn.Module):
             model = inner
@@ -70,24 +71,44 @@ def records(model: nn.Module) -> Iterator[tuple[str, Record]]:
             yield name, record
 
 
-def owned(model: nn.Module, action: str) -> list[tuple[str, Record]]:
-    """The records of a model that is sparsified and not finalized.
+def live(model: nn.Module, action: str) -> Record:
+    """The record of a model whose layers are sparse, to be finalized or reverted.
 
     Raises:
-        SparsityError: naming `action`, if there are none or they are finalized.
+        SparsityError: naming `action`, if the model was never sparsified or is finalized.
     """
-    found = list(records(model))
-    if not found:
-        raise SparsityError(f"cannot {action} {type(model).__name__}: it was never sparsified; call sparsify first")
-    if all(record.finalized for _, record in found):
-        raise SparsityError(f"cannot {action} {type(model).__name__}: it is finalized already")
-    return [(name, record) for name, record in found if not record.finalized]
+    found = [record for _, record in records(model)]
+    for record in found:
+        if record.table is None:
+            return record
+    if (part := _of_layers(model)) is not None:
+        return part
+    kind = type(model).__name__
+    if found:
+        raise SparsityError(f"cannot {action} {kind}: it is finalized already")
+    raise SparsityError(f"cannot {action} {kind}: it was never sparsified; call sparsify first")
+
+
+def any_of(model: nn.Module) -> Record:
+    """The first record of `model`, or that of a dense model."""
+    for _, record in records(model):
+        return record
+    return _of_layers(model) or Record("dense", {}, "channel")
+
+
+def _of_layers(model: nn.Module) -> Record | None:
+    """What a part of a model that was sparsified as a whole has for a record."""
+    for _, layer in sparse_layers(model):
+        sparse = next(iter(layer.nm_weights.values()))
+        layout = "channel" if len(sparse.dims) == 1 else "kernel"
+        return Record(sparse.method.name, sparse.method.hyperparameters(), layout)
+    return None
 
 
 def table(model: nn.Module) -> Table:
-    """The tables of all records of `model` in one, with names relative to `model`."""
-    merged: Table = {}
+    """Every weight of `model` that is sparse or was finalized, with names relative to `model`."""
+    merged = {name: Groups(str(sparse.pattern), sparse.dims) for name, _, sparse in sparse_weights(model)}
     for prefix, record in records(model):
-        for name, groups in record.table.items():
+        for name, groups in (record.table or {}).items():
             merged[f"{prefix}.{name}" if prefix else name] = groups
     return merged

@@ -39,8 +39,8 @@ class Rules:
             SparsityError: for a malformed pattern, an unknown layout or remainder, or text where globs are expected.
         """
         for name, globs in (("include", include), ("exclude", exclude)):
-            if isinstance(globs, str):
-                raise SparsityError(f'{name} takes a list of globs, found the text "{globs}"; write ["{globs}"]')
+            if isinstance(globs, str) or not isinstance(globs, Iterable):
+                raise SparsityError(f'{name} takes a list of globs such as ["layer4.*", "fc"], found {globs!r}')
         if remainder not in ("dense", "error"):
             raise SparsityError(f'remainder must be "dense" or "error", found "{remainder}"')
         overrides = {glob: None if p == "dense" else NMPattern.parse(p) for glob, p in patterns.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,17 +63,13 @@ def sparsify(
     plan = [_plan(weight, rules, chosen_method) for weight in found]
 
     by_module: dict[int, tuple[nn.Module, dict[str, SparseWeight]]] = {}
-    table: record.Table = {}
-    for weight, (row, sparse) in zip(found, plan, strict=True):
-        if sparse is None:
-            continue
-        table[row.name] = record.Groups(str(sparse.pattern), sparse.dims)
-        for _, module, param_name in weight.owners:
-            by_module.setdefault(id(module), (module, {}))[1][param_name] = sparse
+    for weight, (_, sparse) in zip(found, plan, strict=True):
+        if sparse is not None:
+            for _, module, param_name in weight.owners:
+                by_module.setdefault(id(module), (module, {}))[1][param_name] = sparse
     for module, weights in by_module.values():
         convert(module, weights)
-    record.attach(model, record.Record(chosen_method.name, chosen_method.hyperparameters(), rules.layout, table))
-    decay.install()
+    record.attach(model, record.Record(chosen_method.name, chosen_method.hyperparameters(), rules.layout))
 
     report = SparsityReport(
         tuple(row for row, _ in plan), sum(p.numel() for p in _initialised(model)), chosen_method.name
@@ -92,38 +89,45 @@ def finalize(model: nn.Module) -> SparsityReport:
         SparsityError: if the model was never sparsified, is finalized already, or is still FSDP-wrapped.
     """
     model = record.unwrap(model)
-    owned = record.owned(model, "finalize")
+    found = record.live(model, "finalize")
     rows = []
-    with torch.no_grad():
-        for name, param, sparse in sparse_weights(model):
-            if isinstance(param, DTensor):
-                raise SparsityError(
-                    f"{name} is sharded by FSDP: gather a full state dict first, load it into an unwrapped "
-                    "sparsified model, and finalize that"
-                )
-            param.copy_(sparse.method.weight(param, sparse))
-            rows.append(WeightReport(name, "", tuple(param.shape), str(sparse.pattern)))
+    for name, param, sparse in sparse_weights(model):
+        if isinstance(param, DTensor):
+            raise SparsityError(
+                f"{name} is sharded by FSDP: gather a full state dict first, load it into an unwrapped "
+                "sparsified model, and finalize that"
+            )
+        rows.append(WeightReport(name, "", tuple(param.shape), str(sparse.pattern)))
     decay.warn_if_weak(model)
-    for _, layer in list(sparse_layers(model)):
-        assert isinstance(layer, nn.Module)
-        revert(layer)
-    for _, module_record in owned:
-        module_record.finalized = True
-    return SparsityReport(tuple(rows), sum(p.numel() for p in model.parameters()), owned[0][1].method)
+    with torch.no_grad():
+        for _, param, sparse in sparse_weights(model):
+            param.copy_(sparse.method.weight(param, sparse))
+    table = record.table(model)
+    _revert_all(model)
+    record.detach(model)
+    record.attach(model, replace(found, table=table))
+    return SparsityReport(tuple(rows), sum(p.numel() for p in model.parameters()), found.method)
 
 
 def unsparsify(model: nn.Module) -> None:
-    """Undo `sparsify`: the dense classes come back with the dense shadow weights, in place.
+    """Undo `sparsify`, in place: the dense classes come back with the dense shadow weights.
+
+    A finalized model keeps its zeros; it only forgets what it was, so that it can be sparsified anew.
 
     Raises:
-        SparsityError: if the model was never sparsified or is finalized already.
+        SparsityError: if the model was never sparsified.
     """
     model = record.unwrap(model)
-    record.owned(model, "unsparsify")
+    if not any(True for _ in record.records(model)):
+        record.live(model, "unsparsify")
+    _revert_all(model)
+    record.detach(model)
+
+
+def _revert_all(model: nn.Module) -> None:
     for _, layer in list(sparse_layers(model)):
         assert isinstance(layer, nn.Module)
         revert(layer)
-    record.detach(model)
 
 
 def _plan(weight: grouping.Weight, rules: Rules, method: Method) -> tuple[WeightReport, SparseWeight | None]:
@@ -174,6 +178,8 @@ def _plan(weight: grouping.Weight, rules: Rules, method: Method) -> tuple[Weight
 def _convertible(model: nn.Module) -> nn.Module:
     if type(model).__name__ == "OptimizedModule":
         raise SparsityError("the model is compiled already: call sparsify first, then torch.compile")
+    if not isinstance(model, nn.Module):
+        raise SparsityError(f"sparsify takes a torch.nn.Module, found {type(model).__name__}")
     model = record.unwrap(model)
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel" or any(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nm_sparsity.core.kernels import cpu, cuda, reference
 
@@ -38,13 +39,36 @@ def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]
 torch.library.register_autograd("nm_sparsity::keep_largest", _straight_through, lib=_library)
 
 
+class _StraightThrough(torch.autograd.Function):
+    """The op with what an op cannot have, forward-mode derivatives and vmap; slower to call, so only where needed."""
+
+    @staticmethod
+    def forward(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+        return torch.ops.nm_sparsity.keep_largest(w, n, m, axis)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    backward = staticmethod(_straight_through)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, w: Tensor, n: int, m: int, axis: int) -> tuple[Tensor, int]:
+        return _StraightThrough.apply(w.movedim(in_dims[0], 0), n, m, axis + 1), 0
+
+
 def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     """`w` with all but the `n` largest of every `m` entries along `axis` set to +0.
 
     Gradients pass straight through, to dropped entries too (Bengio et al., arXiv 1308.3432).
     """
-    result: Tensor = torch.ops.nm_sparsity.keep_largest(w, n, m, axis)
-    return result
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _StraightThrough.apply(w, n, m, axis)
+    return torch.ops.nm_sparsity.keep_largest(w, n, m, axis)
 
 
 def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:

@@ -1,7 +1,10 @@
 """Effective lambda equals nominal lambda under everything that touches gradients between backward and step."""
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +105,19 @@ def closure_by_keyword(net: nn.Module, optimizer: torch.optim.Optimizer) -> None
     optimizer.step(closure=backward)  # type: ignore[call-overload]
 
 
+def accumulated_with_closure(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Lightning's accumulate_grad_batches: the last part's backward runs inside step and adds to the others."""
+    for seed in range(3):
+        (loss_of(net, seed) / 4).backward()
+
+    def last() -> Tensor:
+        loss = loss_of(net, 3) / 4
+        loss.backward()
+        return loss
+
+    optimizer.step(last)
+
+
 def after_a_failed_step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     loss_of(net).backward()
 
@@ -130,7 +146,18 @@ def nested(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize(
     "step",
-    [plain, scaled, scaled_and_clipped, accumulated, clipped, closure, closure_by_keyword, after_a_failed_step, nested],
+    [
+        plain,
+        scaled,
+        scaled_and_clipped,
+        accumulated,
+        clipped,
+        closure,
+        closure_by_keyword,
+        accumulated_with_closure,
+        after_a_failed_step,
+        nested,
+    ],
 )
 @pytest.mark.parametrize("fused", [False, True])
 def test_effective_lambda_is_the_nominal_one(step: Step, fused: bool) -> None:
@@ -190,6 +217,49 @@ def test_a_weight_shared_by_two_layers_decays_once() -> None:
     torch.testing.assert_close(w.detach()[dropped], before[dropped] * (1 - LR * LAMBDA))
 
 
+def test_a_gradient_that_is_rewritten_behind_autograds_back_decays_in_every_step() -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    sparsify(net, "2:4", decay=LAMBDA)
+    (w,) = net.parameters()
+    before, dropped = w.detach().clone(), ~nm_mask(w, "2:4")
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    w.grad = torch.zeros_like(w)
+    for _ in range(3):
+        w.grad.data.zero_()
+        optimizer.step()
+    torch.testing.assert_close(w.detach()[dropped], before[dropped] * (1 - LR * LAMBDA) ** 3)
+
+
+def test_an_optimizer_that_chooses_its_own_learning_rate() -> None:
+    class Adaptive(torch.optim.SGD):
+        """Has no learning rate in its groups, like Adafactor with relative steps."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            self.param_groups[0]["lr"] = LR
+            super().step()
+            self.param_groups[0]["lr"] = None
+
+    net = make_net("sr-ste")
+    optimizer = Adaptive(net.parameters(), lr=LR)
+    optimizer.param_groups[0]["lr"] = None
+    plain(net, optimizer)
+    assert decay_strength(net) is None
+
+
+def test_a_model_unpickled_in_a_fresh_process_decays(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    sparsify(net, "2:4", decay=LAMBDA)
+    torch.save(net, tmp_path / "model.pt")
+    code = (
+        "import sys, torch\n"
+        "net = torch.load(sys.argv[1], weights_only=False)\n"
+        "(w,) = net.parameters(); before = w.detach().clone(); w.grad = torch.zeros_like(w)\n"
+        "torch.optim.SGD(net.parameters(), lr=0.25).step()\n"
+        "assert not torch.equal(w, before)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True)
+
+
 def test_an_optimizer_built_before_sparsify_works() -> None:
     net = nn.Sequential(nn.Linear(8, 8, bias=False))
     optimizer = torch.optim.SGD(net.parameters(), lr=LR)
@@ -247,6 +317,17 @@ def test_decay_strength_is_lambda_times_the_sum_of_learning_rates() -> None:
         schedule.step()
     assert decay_strength(net) == pytest.approx(LAMBDA * LR * (1 + 0.5 + 0.25))
     assert decay_strength(make_net("ste")) is None
+    net = make_net("sr-ste")
+    nested(net, torch.optim.SGD(net.parameters(), lr=LR))
+    assert decay_strength(net) == pytest.approx(LAMBDA * LR), "an optimizer inside an optimizer makes one step"
+
+
+def test_training_that_no_optimizer_hook_saw_is_reported() -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    sparsify(net, decay=1.0)
+    net(torch.randn(2, 8)).sum().backward()  # stepped by an engine of its own
+    with pytest.warns(UserWarning, match="no torch.optim optimizer stepped them"):
+        finalize(net)
 
 
 def test_a_decay_too_weak_to_matter_is_warned_about() -> None:

@@ -248,9 +248,76 @@ def test_frozen_computes_each_weight_once_and_leaves_no_trace(monkeypatch: pytes
             with frozen(sparse):
                 sparse(x)
             sparse(x)
-        assert len(calls) == 4  # two weights, in the outer block and in the inner one
+        assert len(calls) == 2, "two weights, each once, in nested blocks too"
         sparse[0]._parameters["weight"].mul_(2)
         assert not torch.equal(sparse(x), expected)
+
+
+def test_frozen_blocks_that_overlap_in_two_threads_leave_no_trace() -> None:
+    sparse, _ = twins(mlp)
+    x = torch.randn(2, 16)
+    first, second = frozen(sparse), frozen(sparse)
+    with torch.no_grad():
+        first.__enter__()
+        second.__enter__()
+        before = sparse(x)
+        first.__exit__(None, None, None)
+        second.__exit__(None, None, None)
+        sparse[0]._parameters["weight"].mul_(2)
+        assert not torch.equal(sparse(x), before)
+
+
+def test_fx_keeps_parameters_and_follows_them() -> None:
+    sparse, _ = twins(mlp)
+    traced = torch.fx.symbolic_trace(sparse)
+    assert {name for name, _ in traced.named_parameters()} == {name for name, _ in sparse.named_parameters()}
+    x = torch.randn(2, 16)
+    with torch.no_grad():
+        sparse[0]._parameters["weight"].mul_(2)
+    torch.testing.assert_close(traced(x), sparse(x))
+
+
+def test_a_layer_compiled_by_itself_can_be_copied() -> None:
+    sparse, _ = twins(mlp)
+    sparse[0].compile(backend="eager")
+    twin = copy.deepcopy(sparse)
+    torch.testing.assert_close(twin[0].weight, sparse[0].weight)
+
+
+def test_the_class_of_a_sparse_layer_makes_dense_layers() -> None:
+    sparse, _ = twins(mlp)
+    layer = type(sparse[0])(8, 8)
+    assert torch.equal(layer.weight, layer._parameters["weight"])
+
+
+def test_what_takes_the_weight_away_is_told_why_not() -> None:
+    sparse, _ = twins(mlp)
+    layer = sparse[0]
+    del layer._parameters["weight"]
+    assert not hasattr(layer, "weight")
+    with pytest.raises(RuntimeError, match=r"wrapper \(FSDP1, prune, parametrize\): use fully_shard, or call finalize"):
+        del layer.weight
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
+@pytest.mark.parametrize("transform", ["grad", "jacfwd", "jacrev"])
+def test_function_transforms_see_the_straight_through_derivative(transform: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 1, bias=False)
+    sparsify(layer)
+    x, parameters = torch.ones(1, 8), {"weight": layer._parameters["weight"].detach()}
+
+    def output(p: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, p, (x,)).sum()
+
+    found = getattr(torch.func, transform)(output)(parameters)["weight"]
+    torch.testing.assert_close(found, torch.ones(1, 8), msg="the derivative of the sum is x, for dropped weights too")
+
+
+def test_vmap_over_stacked_weights() -> None:
+    weights = torch.randn(3, 4, 8)
+    found = torch.vmap(lambda w: keep_largest(w, "2:4"), in_dims=1)(weights.movedim(0, 1))
+    assert torch.equal(found, torch.stack([keep_largest(w, "2:4") for w in weights]))
 
 
 def test_frozen_does_not_cut_gradients() -> None:

@@ -83,6 +83,22 @@ def test_files_with_and_without_a_table(tmp_path: Path) -> None:
     assert [(c.name, c.skipped) for c in result.checks] == [("a", ""), ("b", "reduction size 6 is not divisible by 4")]
 
 
+def test_nothing_sparse_does_not_pass() -> None:
+    net = nn.Sequential(nn.Linear(6, 6))
+    with pytest.warns(UserWarning, match="converted no layer"):
+        sparsify(net)
+    finalize(net)
+    with pytest.raises(VerificationError, match="has no sparse weight"):
+        verify(net, "2:4")
+
+
+def test_weights_that_are_meant_to_be_dense_can_be_excluded(tmp_path: Path) -> None:
+    state = {"body.weight": torch.zeros(4, 8), "head.weight": torch.ones(4, 8)}
+    with pytest.raises(VerificationError, match=r"head\.weight"):
+        verify(state, "2:4")
+    assert [c.skipped for c in verify(state, "2:4", exclude=["head"]).checks] == ["", 'excluded by "head"']
+
+
 def test_console_verify_exits_0_1_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(ours(tmp_path / "ours.pt"))]) == 0
     assert "2 weights checked, 0 violate" in capsys.readouterr().out
@@ -147,8 +163,15 @@ def test_console_inspect_bad_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert 'cannot build "no.such:thing"' in capsys.readouterr().err
     assert main(["inspect", "collections:OrderedDict"]) == 1
     assert "expected a torch.nn.Module" in capsys.readouterr().err
+    assert main(["inspect", "torch.nn:Linear"]) == 1
+    assert "missing 2 required positional arguments" in capsys.readouterr().err
     assert main(["inspect", "resnet18", "--input", "1,2"]) == 0
     assert "FLOPs not counted" in capsys.readouterr().out
+
+
+def test_console_inspect_of_a_detector_fetches_no_backbone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "maskrcnn_resnet50_fpn", "--input", "none"]) == 0
+    assert "roi_heads.mask_head.0.0" in capsys.readouterr().out
 
 
 def test_console_runs_as_a_module() -> None:

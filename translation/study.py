@@ -204,8 +204,8 @@ def write_report(study: Study) -> None:
         results_table(rows, markdown=True),
         "",
         f"Test set of {rows[0]['sentences']} sentences, beam {recipe.beam}; {rows[0]['bleu_signature']}.",
-        f"SR-STE's lambda is {recipe.sparsity.decay}. ASP starts from the dense run of its seed and trains half "
-        "as long again.",
+        f"SR-STE's lambda is {recipe.sparsity.decay}, seeds count from 1."
+        + (" ASP starts from the dense run of its seed and trains half as long again." * ("asp" in study.methods)),
         "",
         f"`{where['command']}`  ",
         f"{versions}; {where['cpu']}, {study.jobs} runs at a time on one core each.",

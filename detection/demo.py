@@ -68,7 +68,7 @@ def curves(out: Path, names: list[str]) -> None:
             points = [(line["step"] * scale, line[key]) for line in log if key in line]
             axis.plot(*zip(*points, strict=True), label=name)
         axis.set(xlabel="iteration", title=title)
-        axis.legend()
+    axes[0].legend()
     figure.savefig(out / "curves.png", dpi=120)
     pyplot.close(figure)
 

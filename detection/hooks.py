@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,12 @@ _HISTORY: list[Any] = [
     *(type(np.dtype(name)) for name in ("float32", "float64", "int64", "uint32")),
     *((part, f"numpy.{core}.multiarray.{part.__name__}") for part in _NUMPY for core in ("core", "_core")),
 ]
+
+
+def load_safely(path: str | Path) -> Any:
+    """`nm_sparsity.core.checkpoint.load` that also takes what MMEngine writes without `NMSparseHook`."""
+    with torch.serialization.safe_globals(_HISTORY):
+        return load(path)
 
 
 @HOOKS.register_module()
@@ -81,9 +88,7 @@ class NMSparseHook(Hook):  # type: ignore[misc]
                 "the model is sharded by FSDP before NMSparseHook can convert it; use MMDistributedDataParallel"
             )
         for path in _files_to_load(runner):
-            # MMEngine itself would run the code in a pickle that it cannot load safely.
-            with torch.serialization.safe_globals(_HISTORY):
-                load(path)
+            load_safely(path)  # MMEngine itself would run the code in a pickle that it cannot load safely
         # The runner initialises the weights only after this hook, and its init functions would miss the shadow weights.
         runner._init_model_weights()
         runner._init_model_weights = lambda: None  # a second call would only log a warning

@@ -2,4 +2,4 @@
 
 _base_ = ["mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "./sparse_2to8.py"]
 
-model = dict(backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="runs/resnet50_2to8/finalized.pth")))
+model = dict(backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="runs/resnet50_2to8/finalized.pt")))

@@ -2,4 +2,4 @@
 
 _base_ = ["mmdet::mask_rcnn/mask-rcnn_r50_fpn_2x_coco.py", "./sparse_2to4.py"]
 
-model = dict(backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="runs/resnet50_2to4/finalized.pth")))
+model = dict(backbone=dict(init_cfg=dict(type="Pretrained", checkpoint="runs/resnet50_2to4/finalized.pt")))

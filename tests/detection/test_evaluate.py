@@ -72,7 +72,7 @@ def test_evaluate_finalizes_verifies_and_draws(
     run = shutil.copytree(trained, tmp_path / "run")
     assert evaluate.main([str(run), "--pictures", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "31 weights are N:M; the finalized model predicts the same" in printed
+    assert "31 weights are N:M; the finalized model scores the same" in printed
     result = json.loads((run / "evaluation.json").read_text())
     assert result["images"] == 4
     assert result["detections"] > 0
@@ -83,6 +83,17 @@ def test_evaluate_finalizes_verifies_and_draws(
     assert verify(run / "finalized.pth", "2:4").checked
     with Image.open(run / "predictions.png") as picture:
         assert picture.size == (2 * 388, 2 * 388)
+
+
+def test_a_run_without_the_hook_is_evaluated(
+    make_config: Callable[..., Any], run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(method="dense")
+    config.custom_hooks = []
+    run(config, tmp_path / "run")
+    assert evaluate.main([str(tmp_path / "run")]) == 0
+    assert "dense model: no pattern to verify" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "finalized.pth").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

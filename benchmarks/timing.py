@@ -6,13 +6,11 @@ with which they choose among inputs that together exceed the cache.
 
 from __future__ import annotations
 
-import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -128,30 +126,17 @@ def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
     return max(2, min(64, -(-2 * cache // max(1, bytes_each))))
 
 
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
-    """Fills ``["mib"]`` of the yielded dict with how much more memory the block took at its peak than before.
-
-    Allocated memory on CUDA, resident memory on Linux; empty elsewhere.
-    """
-    result: dict[str, float] = {}
+def peak_memory(call: Call, device: torch.device) -> float:
+    """MiB that one call allocates at its peak, beyond what was allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        yield result
-        result["mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-        return
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        reset.write_text("5")  # the peak starts at what is resident now
-        before = _kib(status, "VmRSS")
-    except OSError:
-        yield result
-        return
-    yield result
-    result["mib"] = (_kib(status, "VmHWM") - before) / 1024
-
-
-def _kib(status: Path, name: str) -> int:
-    match: Any = re.search(rf"{name}:\s+(\d+) kB", status.read_text())
-    return int(match[1])
+        call(0)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    profile: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with profile:
+        call(0)
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    most: int = max(accumulate((size for _, size in changes), initial=0))
+    return most / 2**20

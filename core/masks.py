@@ -49,9 +49,10 @@ def add_dropped_(target: Tensor, w: Tensor, pattern: str | NMPattern, dims: Dims
     n, m = _check(w, pattern, dims)
     with torch.no_grad():
         if len(dims) == 1:
-            kernels.add_dropped_(target, w, n, m, dims[0], scale)
-        else:
-            target.add_((w - keep_largest(w, pattern, dims)).mul_(scale))
+            return kernels.add_dropped_(target, w, n, m, dims[0], scale)
+        flat = kernels.add_dropped_(_flatten(target, dims), _flatten(w, dims), n, m, w.dim() - len(dims), scale)
+        if flat.data_ptr() != target.data_ptr():  # flattening had to copy
+            target.copy_(_unflatten(flat, target, dims))
     return target
 
 

@@ -36,6 +36,14 @@ NOT_RUN = {
     "make test": "this is it",
     "pip install .": "test_structure builds the wheel and imports what is in it",
     'pip install ".[classification]"': "as above",
+    'MMCV_WITH_OPS=0 pip install "nm-sparsity[detection]"': "installs a released version",
+    "python -m nm_sparsity.detection.train tiny_mask_rcnn --data data/composed --pattern 2:4 --decay 0.1 "
+    "--out runs/tiny": "minutes of training; tested on fewer images",
+    "python -m nm_sparsity.detection.evaluate runs/tiny": "needs the run of the line before",
+    "python -m nm_sparsity.detection.demo": "make demo-detection",
+    "python -m nm_sparsity.detection.study fashion": "hours of training",
+    "python -m nm_sparsity.benchmarks.accelerate runs/demo/finalized.pt --model "
+    "nm_sparsity.classification.models:build --args '[\"resnet8_small\", 10]' --input 64,3,8,8": "needs make demo's run",
     "make bench": "minutes of measuring; each benchmark is tested with small sizes",
 }
 """Commands that need data, GPUs or minutes. Training commands among the others run with --print-config."""
@@ -50,7 +58,7 @@ def commands() -> list[tuple[str, str]]:
     for page in PAGES:
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
-                command = line.split("  #")[0].strip()
+                command = " ".join(line.split("  #")[0].split())
                 if command and not command.startswith("#"):
                     found.append((str(page.relative_to(ROOT)), command))
     return found

@@ -122,6 +122,14 @@ def test_add_dropped_adds_the_formula(case: tuple[tuple[int, ...], tuple[int, ..
         torch.testing.assert_close(target, expected, rtol=1e-15, atol=1e-15)
 
 
+def test_add_dropped_leaves_kept_infinities_alone() -> None:
+    w = torch.full((1, 2, 1, 2), 1.0)
+    w[0, 0, 0, 0] = torch.inf
+    for dims in [(1, 2, 3), (1,)]:
+        target = masks.add_dropped_(torch.zeros_like(w), w, "1:2", dims, 0.5)
+        assert not target.isnan().any()
+
+
 def test_satisfies_counts_nonzeros_in_groups() -> None:
     w = torch.zeros(2, 8)
     w[0, :2] = 1

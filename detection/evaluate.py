@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from matplotlib.font_manager import findfont
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
@@ -221,7 +222,8 @@ def _picture(file: Path, objects: Sequence[Mapping[str, Any]], truth: COCO) -> T
         boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float) * scale
         boxes[:, 2:] += boxes[:, :2]
         names = [f"{truth.cats[o['category_id']]['name']} {o['score']:.2f}" for o in objects]
-        picture = draw_bounding_boxes(picture, boxes, names, colours, width=2)
+        font = findfont("DejaVu Sans")
+        picture = draw_bounding_boxes(picture, boxes, names, colours, width=2, font=font, font_size=18)
     return picture / 255
 
 

@@ -51,7 +51,10 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
             write_json(out / "environment.json", environment(seed))
         runner.train()
     except (KeyError, TypeError, AssertionError) as error:
-        raise _explained(error) or error from error
+        explained = _explained(error)
+        if explained is None:
+            raise
+        raise explained from error
     return runner
 
 

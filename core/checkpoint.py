@@ -195,9 +195,11 @@ def load_sparsity_state(model: nn.Module, state: Mapping[str, Mapping[str, Any]]
         CheckpointError: if it names a weight that is not sparse in `model`.
     """
     weights = {name: sparse for name, _, sparse in sparse_weights(record.unwrap(model))}
-    for name in state:
+    for name, memory in state.items():
         if name not in weights:
             raise CheckpointError(f"the method's state names {name}, which is not a sparse weight of this model")
+        if missing := {"lr_sum", "preconditioned", "state"} - set(memory):
+            raise CheckpointError(f"the method's state of {name} lacks {', '.join(sorted(missing))}")
     for name, memory in state.items():
         weights[name].state = dict(memory["state"])
         weights[name].lr_sum = memory["lr_sum"]

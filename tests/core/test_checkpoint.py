@@ -157,6 +157,8 @@ def test_other_models_patterns_and_layouts_are_refused_by_name(tmp_path: Path) -
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items()), "a refused file must change nothing"
     with pytest.raises(CheckpointError, match="not a sparse weight of this model"):
         load_sparsity_state(net, {"9.weight": {}})
+    with pytest.raises(CheckpointError, match=r"state of 0\.weight lacks preconditioned, state"):
+        load_sparsity_state(net, {"0.weight": {"lr_sum": 0.0}})
 
 
 class Evil:

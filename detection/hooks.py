@@ -146,13 +146,8 @@ class _SaveSparse(Hook):  # type: ignore[misc]
     priority = "LOWEST"
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        model = _unwrapped(runner)
-        shadow = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(checkpoint["state_dict"])
-        masked, metadata = split(model)
-        model.load_state_dict(shadow)
+        masked, checkpoint[METADATA] = split(_unwrapped(runner), checkpoint["state_dict"])
         _replace(checkpoint["state_dict"], masked)
-        checkpoint[METADATA] = metadata
         # Plain values in place of MMEngine's and numpy's objects: then the file loads everywhere without running code.
         hub = checkpoint["message_hub"]
         hub["log_scalars"] = {name: [h.tolist() for h in log.data] for name, log in hub["log_scalars"].items()}

@@ -116,7 +116,10 @@ def conduct(study: Study) -> list[Row]:
     ]
     dense = [study.config("dense", seed) for seed in seeds]
     ste = {pattern: [study.config("ste", seed, pattern) for seed in seeds] for pattern in study.patterns}
-    _run([*dense, *_flat(ste), *tried], study, "dense, STE, choosing SR-STE's lambda")
+    first = [*dense, *_flat(ste), *tried]
+    if there := sum(map(_complete, first)):
+        print(f"{there} of the first {len(first)} runs are there already; remove {study.folder} to repeat them")
+    _run(first, study, "dense, STE, choosing SR-STE's lambda")
     decays = {pattern: _best_decay(study, pattern) for pattern in study.patterns}
     sr_ste = {p: [study.config("sr-ste", seed, p, decays[p]) for seed in seeds] for p in study.patterns}
     asp = {p: [study.config("asp", seed, p) for seed in seeds] for p in study.patterns}
@@ -171,9 +174,7 @@ def _flat(by_pattern: dict[str, list[Config]]) -> Iterable[Config]:
 
 
 def _run(todo: list[Config], study: Study, what: str) -> None:
-    wanted, todo = len(todo), [config for config in todo if not _complete(config)]
-    if len(todo) < wanted:
-        print(f"{wanted - len(todo)} of {wanted} runs are there already; remove {study.folder} to repeat them")
+    todo = [config for config in todo if not _complete(config)]
     if not todo:
         return
     workers = study.workers or len(os.sched_getaffinity(0))

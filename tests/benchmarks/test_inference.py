@@ -178,8 +178,6 @@ def test_a_model_has_a_row_for_every_way(emulated: list[dict[str, Any]], monkeyp
         assert rows[key]["sparse_layers"] == 5
         assert rows[key]["error"] < 1e-5
         assert rows[key]["speedup"] > 0
-    best = min(rows["dense", launch]["ms"] for launch in ("eager", "compiled"))
-    assert rows["cusparselt", "eager"]["speedup"] == pytest.approx(best / rows["cusparselt", "eager"]["ms"], rel=0.5)
 
 
 def test_when_the_time_is_over_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,18 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 
 def save(path: str | Path, payload: object) -> None:
-    """`torch.save` that never leaves a half-written file: temporary file, fsync, rename.
+    """`torch.save` that never leaves a half-written file.
+
+    Raises:
+        CheckpointError: see `replacing`.
+    """
+    with replacing(path) as file:
+        torch.save(payload, file)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the place of `path` when the block is done: temporary file, fsync, rename.
 
     Raises:
         CheckpointError: if the disk is full or the folder not writable; a file that was there before stays.
@@ -42,7 +54,7 @@ def save(path: str | Path, payload: object) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            torch.save(payload, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -50,7 +62,8 @@ def save(path: str | Path, payload: object) -> None:
         # torch reports a failed write as a RuntimeError of its zip writer.
         raise CheckpointError(f"could not write {path} ({error}); the previous file, if any, is unchanged") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def load(path: str | Path) -> Any:
@@ -63,9 +76,8 @@ def load(path: str | Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        with warnings.catch_warnings(
-            action="ignore", category=UserWarning
-        ):  # about the pickle protocol of foreign files
+        # Foreign files may be of another pickle protocol, which torch warns about.
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "class" in str(error):

@@ -7,7 +7,6 @@ packs, on the CPU, and unpacks to the same bits (a dropped -0 becomes +0).
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,19 +53,11 @@ def save_packed(path: str | Path, source: nn.Module | Mapping[str, Any] | str | 
         else:
             tensors[name] = value.contiguous()
     metadata = {"format": FORMAT, "layers": json.dumps(layers), "tied": json.dumps(tied)}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Not save_file: that makes a file which only its owner can read.
-        temporary.write_bytes(_safetensors().torch.save(tensors, metadata))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
-    return path
+    # Not save_file: that makes a file which only its owner can read.
+    content = _safetensors().torch.save(tensors, metadata)
+    with checkpoint.replacing(path) as file:
+        file.write(content)
+    return Path(path)
 
 
 def load_packed(path: str | Path) -> dict[str, Tensor]:

@@ -291,6 +291,13 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert (w == w[0]).all()
 
 
+def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "x.pt", tmp_path / "file" / "folder" / "x.pt"):
+        with pytest.raises(CheckpointError, match="could not write"):
+            save(path, {})
+
+
 def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
     save(tmp_path / "ours.pt", {})
     (tmp_path / "plain").touch()

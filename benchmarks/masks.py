@@ -1,8 +1,9 @@
 """The cost of the N:M mask: our kernels against the ways people use, over the weights of whole models.
 
 `python -m nm_sparsity.benchmarks.masks`. Every row gives nanoseconds a weight, the ratio to a copy of the weights
-(``clone``, in the same rounds), and the memory traffic, one read and one write of every weight, per second. Memory
-for the result is allocated each time, as in training; on a CPU that is the larger part for big matrices.
+(``clone``, in the same rounds), and the memory traffic, one read and one write of every weight, per second and as a
+fraction of the memory bandwidth. Memory for the result is allocated each time, as in training; on a CPU that is the
+larger part for big matrices.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ def measure(
     pattern: NMPattern,
     names: Sequence[str],
     rounds: int,
+    bandwidth: float,
 ) -> None:
     """Time every alternative over all `weights` in one call, interleaved with a copy of them; one row each."""
     device = weights[0].device
@@ -82,7 +84,6 @@ def measure(
     timings = timing.compare(calls, device, rounds)
     size = sum(w.numel() for w in weights)
     traffic = 2 * bytes_once
-    known = devices.present() if device.type == "cuda" else None
     for name, t in timings.items():
         row = {
             "weights": label,
@@ -95,20 +96,20 @@ def measure(
             "x copy": t.over(timings["copy"])[0],
             "x argsort": None,
             "GB/s": traffic / t.median / 1e9,
+            "of bandwidth": traffic / t.median / bandwidth,
         }
         if "argsort+scatter" in timings:
             row["x argsort"] = timings["argsort+scatter"].over(t)[0]
-        if known:
-            row["of bandwidth"] = traffic / t.median / (known.bandwidth * 1e12)
         result.add(**row)
 
 
 def check(result: Result, device: torch.device) -> None:
-    """The contract, on `device` against the pure-torch reference on the CPU: one row a pattern and dtype."""
+    """The contract, on `device` against the pure-torch reference on the CPU: one row a dtype."""
     generator = torch.Generator().manual_seed(0)
+    patterns = ("1:2", "2:4", "4:8", "1:16", "4:32")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for text in ("1:2", "2:4", "4:8", "1:16", "4:32"):
-            pattern, wrong = NMPattern.parse(text), 0
+        wrong = 0
+        for pattern in map(NMPattern.parse, patterns):
             for shape in ((96, 64), (8, 64, 3, 3), (8, 64, 1, 1)):
                 w = torch.randn(shape, generator=generator).to(dtype)
                 special = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 2.0], dtype=dtype)
@@ -119,33 +120,37 @@ def check(result: Result, device: torch.device) -> None:
                     found = kernels.keep_largest(arranged.to(device), pattern.n, pattern.m, 1).cpu()
                     wrong += int((found.isnan() != expected.isnan()).sum())
                     wrong += int((found.nan_to_num() != expected.nan_to_num()).sum())
-            name = str(dtype).removeprefix("torch.")
-            result.add(weights="with ties, 0, inf, NaN", dtype=name, pattern=text, how="ours", wrong=wrong)
+        name = str(dtype).removeprefix("torch.")
+        result.add(weights="with ties, 0, inf, NaN", dtype=name, pattern=" ".join(patterns), how="ours", wrong=wrong)
 
 
-def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 9) -> None:
+def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 7) -> None:
     """The whole benchmark."""
     if device.type == "cpu":
         torch.set_num_threads(threads)
     rounds = 3 if quick else rounds
     check(result, device)
+    known = devices.present() if device.type == "cuda" else None
+    bandwidth = known.bandwidth * 1e12 if known else timing.copy_bandwidth(device)
+    source = "data sheet" if known else "a copy into memory that is there"
+    result.add(weights="memory bandwidth", how=source, **{"GB/s": bandwidth / 1e9, "of bandwidth": 1.0})
     sets = ["resnet50"] if quick else ["resnet50", "bert-large", "llama-7b-ffn"]
     for name in sets:
         shapes = models.layer_set(name)
         for dtype in (torch.float32, torch.bfloat16):
             weights = [_random(shape, device, dtype) for shape in shapes]
-            everything = [*ALTERNATIVES] if name == "resnet50" and dtype == torch.float32 else ["ours"]
+            contenders = [*ALTERNATIVES] if dtype == torch.float32 else ["ours"]
             for text in ("2:4", "4:8", "1:16", "4:32") if name == "resnet50" else ("2:4",):
-                measure(result, name, weights, NMPattern.parse(text), everything, rounds)
+                measure(result, name, weights, NMPattern.parse(text), contenders, rounds, bandwidth)
             del weights
     channels_last = [
         _random(shape, device, torch.float32).to(memory_format=torch.channels_last)
         for shape in models.layer_set("resnet50")
     ]
-    measure(result, "resnet50, channels last", channels_last, NMPattern(2, 4), ["ours"], rounds)
+    measure(result, "resnet50, channels last", channels_last, NMPattern(2, 4), ["ours"], rounds, bandwidth)
     for millions in SIZES[:3] if quick else SIZES:
         w = _random((millions * 250, 4000), device, torch.float32)
-        measure(result, "one matrix", [w], NMPattern(2, 4), ["ours"], rounds)
+        measure(result, "one matrix", [w], NMPattern(2, 4), ["ours"], rounds, bandwidth)
         del w
     if device.type == "cpu":
         result.add(weights="resnet50", how="ours (Triton)", not_run="needs CUDA")
@@ -161,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     report.add_arguments(parser)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=9, help="samples of each alternative (default 9)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples of each alternative (default 7)")
     args = parser.parse_args(argv)
     if args.threads < 1 or args.rounds < 1:
         raise SparsityError("--threads and --rounds must be at least 1")

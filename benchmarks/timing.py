@@ -126,6 +126,14 @@ def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
     return max(2, min(64, -(-2 * cache // max(1, bytes_each))))
 
 
+def copy_bandwidth(device: torch.device, rounds: int = 9) -> float:
+    """Bytes a second, read and written, of copying 256 MiB into memory that is there already: the median."""
+    source = torch.ones(1 << 26, device=device)
+    target = torch.empty_like(source).fill_(0)
+    copying = compare({"copy": lambda _: target.copy_(source)}, device, rounds)["copy"]
+    return 2 * source.nbytes / copying.median
+
+
 def peak_memory(call: Call, device: torch.device) -> float:
     """MiB that one call allocates at its peak, beyond what was allocated before it."""
     if device.type == "cuda":

@@ -17,10 +17,12 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from nm_sparsity.core import masks, record
 from nm_sparsity.core.errors import SparsityError, VerificationError
 from nm_sparsity.core.layers import sparse_layers
+from nm_sparsity.core.modes import evaluating
+from nm_sparsity.core.pattern import NMPattern
 from nm_sparsity.core.table import format_table
 
 BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
-PATTERN = "2:4"
+PATTERN = NMPattern(2, 4)
 """What sparse Tensor Cores run."""
 
 _NO_PADDING = ((0, 0), "valid", "same")  # of a 1 x 1 convolution
@@ -53,7 +55,8 @@ class SemiStructuredLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features); any strides."""
-        y = F.linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        # torch hands cuSPARSELt the sizes of the input and not its strides: a view would be read wrongly.
+        y = F.linear(x.reshape(-1, self.in_features).contiguous(), self.weight, self.bias)
         return y.reshape(*x.shape[:-1], self.out_features)
 
 
@@ -63,7 +66,7 @@ class SemiStructuredConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C_in, H, W) -> (..., C_out, H', W') in channels-last format."""
         pixels = x[..., :: self.stride[0], :: self.stride[1]].movedim(-3, -1)
-        y = F.linear(pixels.reshape(-1, self.in_channels), self.weight, self.bias)
+        y = F.linear(pixels.reshape(-1, self.in_channels).contiguous(), self.weight, self.bias)
         return y.reshape(*pixels.shape[:-1], self.out_channels).movedim(-1, -3)
 
 
@@ -84,13 +87,15 @@ def to_semi_structured(
         A report of every weight, with the reason for each that stays dense.
 
     Raises:
-        SparsityError: without a fitting GPU, for an unknown backend, or a model that is not finalized.
+        SparsityError: without a fitting GPU, for an unknown backend, a model that is not finalized, or one in a dtype
+            that the backend has not.
         VerificationError: naming a weight that should be 2:4 and is not; compressing it would drop values.
     """
     model = record.unwrap(model)
     if any(True for _ in sparse_layers(model)):
         raise SparsityError(f"{type(model).__name__} still trains sparse: call finalize(model) first")
     backend = choose_backend(backend, _device(model))
+    _check_dtypes(model, backend)
     table = record.table(model)
     plan: list[tuple[str, nn.Module, nn.Parameter, str]] = []
     for prefix, module in model.named_modules():
@@ -173,6 +178,11 @@ def obstacle(
         return f"torch has no 2:4 {type(module).__name__}"
     if type(module).forward is not original or name != "weight":
         return f"{type(module).__name__} computes in its own way"
+    return matrix_obstacle(shape, dtype, backend)
+
+
+def matrix_obstacle(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, backend: str) -> str:
+    """Why `backend` does not take a weight of this shape and dtype; empty if it does."""
     constraints = BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
     if constraints is None:
         return f"{backend} has no {str(dtype).removeprefix('torch.')}"
@@ -223,7 +233,8 @@ def to_onnx(model: nn.Module, inputs: tuple[Any, ...], path: str | Path, **optio
         path.parent.mkdir(parents=True, exist_ok=True)
         size = sum(t.nbytes for t in model.state_dict().values())
         options.setdefault("external_data", size > 1 << 30)  # a single file may have 2 GiB
-        torch.onnx.export(model.eval(), inputs, str(path), dynamo=True, verbose=False, **options)
+        with evaluating(model):
+            torch.onnx.export(model, inputs, str(path), dynamo=True, verbose=False, **options)
     except OSError as error:
         raise SparsityError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -236,18 +247,24 @@ def _device(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
+def _check_dtypes(model: nn.Module, backend: str) -> None:
+    known = BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS
+    found = {param.dtype for param in model.parameters() if param.dim() > 1}
+    if found and not found & known.keys():
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        raise SparsityError(f"{backend} has no {names}: convert the model first, with model.half() or model.bfloat16()")
+
+
 def _violation(name: str, param: Tensor, groups: record.Groups | None) -> str:
     """Why a weight that is not 2:4 stays dense.
 
     Raises:
         VerificationError: if it should be 2:4, by the model's table or by being mostly zeros.
     """
-    if param.shape[1] % 4:
-        return "its reduction size is not divisible by 4"
     violations = masks.count_violations(param, PATTERN)
     if not violations:
         return ""
-    if groups is not None and groups.pattern != PATTERN:
+    if groups is not None and not NMPattern.parse(groups.pattern).implies(PATTERN):
         return f"{groups.pattern}: the hardware runs only 2:4"
     if groups is not None or param.count_nonzero() < 0.75 * param.numel():
         raise VerificationError(
@@ -259,7 +276,8 @@ def _violation(name: str, param: Tensor, groups: record.Groups | None) -> str:
 
 
 def _fastest_algorithm(weight: Any, bias: Tensor | None, tokens: int) -> int:
-    x = torch.randn(tokens, weight.shape[1], device=weight.device, dtype=weight.dtype)
+    rows = -(-tokens // 16) * 16  # as torch pads the input
+    x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
     found, *_ = search_algorithm(weight.packed, x.t(), bias)
     times = {}
     for algorithm in {0, found}:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nm_sparsity.core import grouping
+from nm_sparsity.core.modes import evaluating
 
 
 def count_flops(model: nn.Module, *inputs: Any) -> tuple[int, dict[str, int]]:
@@ -38,8 +38,8 @@ def count_flops(model: nn.Module, *inputs: Any) -> tuple[int, dict[str, int]]:
     handles = [m.register_forward_hook(count) for m in model.modules() if grouping.is_supported(m)]
     counter = FlopCounterMode(display=False)
     try:
-        with counter, torch.no_grad():
-            model.eval()(*inputs)
+        with evaluating(model), counter:
+            model(*inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,7 @@ packs, on the CPU, and unpacks to the same bits (a dropped -0 becomes +0).
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from nm_sparsity.core import checkpoint, masks, record
 from nm_sparsity.core.errors import CheckpointError, SparsityError, VerificationError
 from nm_sparsity.core.pattern import NMPattern
 
-FORMAT = "nm_sparsity.packed 1"
+FORMAT = "nm_sparsity.packed 2"
 POSITIONS = ".nm_positions"
 """Added to a weight's name: the positions of its kept values within their groups, ceil(log2 M) bits each."""
 
@@ -53,6 +54,7 @@ def save_packed(path: str | Path, source: nn.Module | Mapping[str, Any] | str | 
         else:
             tensors[name] = value.contiguous()
     metadata = {"format": FORMAT, "layers": json.dumps(layers), "tied": json.dumps(tied)}
+    metadata["sha256"] = _digest(tensors, metadata)
     # Not save_file: that makes a file which only its owner can read.
     content = _safetensors().torch.save(tensors, metadata)
     with checkpoint.replacing(path) as file:
@@ -64,7 +66,8 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
     """The dense state dict in a packed file, zeros in place.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, or its metadata does not fit its tensors.
+        CheckpointError: if the file is missing, damaged (a checksum covers all of it), or its metadata does not fit its
+            tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -79,6 +82,8 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
     if metadata.get("format") != FORMAT:
         found = metadata.get("format")
         raise CheckpointError(f'{path} is not a packed file of ours: its format is "{found}", expected "{FORMAT}"')
+    if metadata.get("sha256") != _digest(tensors, metadata):
+        raise CheckpointError(f"{path} is damaged: its content does not have the checksum it was written with")
     try:
         layers, tied = json.loads(metadata["layers"]), json.loads(metadata["tied"])
         state = {name: value for name, value in tensors.items() if name.removesuffix(POSITIONS) not in layers}
@@ -86,7 +91,7 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
             groups = record.Groups(str(NMPattern.parse(layer["pattern"])), tuple(map(int, layer["dims"])))
             state[name] = unpack(tensors[name], tensors[name + POSITIONS], groups, torch.Size(layer["shape"]))
         state.update({alias: state[name] for alias, name in tied.items()})
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"the metadata of {path} does not fit its tensors: {error}") from error
     return state
 
@@ -129,6 +134,16 @@ def unpack(values: Tensor, positions: Tensor, groups: record.Groups, shape: torc
     rows = torch.zeros(values.shape[0], pattern.m, dtype=values.dtype).scatter_(1, index, values)
     order = [*other, *dims]
     return rows.reshape(moved).permute([order.index(d) for d in range(len(shape))]).contiguous()
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of everything that is in a packed file but itself."""
+    described = [metadata.get(key) for key in ("format", "layers", "tied")]
+    described += [[name, str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())]  # type: ignore[misc]
+    digest = hashlib.sha256(json.dumps(described).encode())
+    for _, t in sorted(tensors.items()):
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _rows(w: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -43,6 +44,18 @@ class NMPattern:
     def density(self) -> float:
         """The fraction of weights kept, n / m."""
         return self.n / self.m
+
+    def implies(self, other: NMPattern) -> bool:
+        """Whether every weight of this pattern is one of `other`, too: 1:4 and 2:8 ones run as 2:4."""
+        most = 0
+        for start in range(0, math.lcm(self.m, other.m), other.m):
+            end, count, at = start + other.m, 0, start
+            while at < end:  # one stretch for each group that a group of the other's reaches into
+                stop = min(end, (at // self.m + 1) * self.m)
+                count += min(self.n, stop - at)
+                at = stop
+            most = max(most, count)
+        return most <= other.n
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

@@ -24,7 +24,7 @@ def test_every_alternative_gives_the_same_weights(how: str, pattern: str) -> Non
 def test_the_check_passes_and_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
     result = Result("masks", "cpu")
     masks.check(result, CPU)
-    assert len(result.rows) == 15
+    assert [row["dtype"] for row in result.rows] == ["float32", "bfloat16", "float16"]
     assert all(row["wrong"] == 0 for row in result.rows)
     monkeypatch.setattr(kernels, "keep_largest", lambda w, n, m, axis: w)
     result = Result("masks", "cpu")
@@ -46,6 +46,8 @@ def test_a_small_run_writes_its_rows(
     assert rows[-1] == {"weights": "resnet50", "how": "ours (Triton)", "not_run": "needs CUDA"}
     one = next(row for row in rows if row["weights"] == "one matrix")
     assert one["GB/s"] == pytest.approx(8 / one["ns/weight"], rel=1e-6)  # fp32, read and written
+    bandwidth = next(row for row in rows if row["weights"] == "memory bandwidth")
+    assert one["of bandwidth"] == pytest.approx(one["GB/s"] / bandwidth["GB/s"], rel=1e-6)
     assert "argsort+scatter" in capsys.readouterr().out
 
 

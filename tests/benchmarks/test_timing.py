@@ -101,6 +101,17 @@ def test_rotating_copies_exceed_the_cache() -> None:
         assert copies * size >= 64 << 20 or copies == 64
 
 
+def test_bandwidth_counts_what_is_read_and_written(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy_ = torch.Tensor.copy_
+
+    def timed(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        clock.now += source.nbytes / 1e9  # a byte read and a byte written every nanosecond
+        return copy_(target, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", timed)
+    assert timing.copy_bandwidth(CPU, rounds=1) == pytest.approx(2e9)
+
+
 def test_peak_memory_counts_what_is_alive_at_once() -> None:
     def call(_: int) -> None:
         a = torch.ones(1 << 20)

@@ -83,6 +83,37 @@ def test_linear_takes_any_leading_shape_and_strides(emulated: None, shape: tuple
             torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.randn(8, 5, 64)[:, 0],
+        lambda: torch.randn(8, 128)[:, :64],
+        lambda: torch.randn(3, 64, 4).transpose(1, 2),
+    ],
+    ids=["class token", "half of the features", "transposed"],
+)
+def test_the_product_gets_its_rows_without_gaps(monkeypatch: pytest.MonkeyPatch, emulated: None, make: Any) -> None:
+    """cuSPARSELt reads the input by its sizes, whatever its strides say: so must the emulation."""
+    real = Cutlass._mm
+
+    def by_sizes(self: Any, dense: Tensor, **options: Any) -> Tensor:
+        assert dense.untyped_storage().nbytes() >= dense.nbytes
+        packed = torch.as_strided(dense, dense.shape, (dense.shape[1], 1))
+        return real(self, packed, **options)
+
+    model = finalized(nn.Sequential(nn.Linear(64, 32)))
+    dense, x = copy.deepcopy(model), make().half()
+    to_semi_structured(model)
+    monkeypatch.setattr(Cutlass, "_mm", by_sizes)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
+        images = torch.randn(2, 128, 2, 2).half().to(memory_format=torch.channels_last)[:, :64]
+        conv = finalized(nn.Sequential(nn.Conv2d(64, 32, 1, stride=2)))
+        dense = copy.deepcopy(conv)
+        to_semi_structured(conv)
+        torch.testing.assert_close(conv(images), dense(images), rtol=2e-3, atol=2e-3)
+
+
 def test_works_under_compile(emulated: None) -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), torch.randn(4, 64).half()
@@ -127,7 +158,12 @@ def test_the_algorithm_is_searched_once_a_shape(monkeypatch: pytest.MonkeyPatch)
 def test_the_faster_of_two_algorithms_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(4, 8)
     weight.packed = weight  # type: ignore[attr-defined]
-    monkeypatch.setattr(export, "search_algorithm", lambda packed, dense, bias: (5, 1, 0))
+
+    def search(packed: Tensor, dense: Tensor, bias: None) -> tuple[int, int, int]:
+        assert dense.shape == (8, 16)  # rows as torch will pad them
+        return 5, 1, 0
+
+    monkeypatch.setattr(export, "search_algorithm", search)
     for default, searched, expected in ((1.0, 2.0, 0), (2.0, 1.0, 5)):
         times = {0: default, 5: searched}
         monkeypatch.setattr(export, "_milliseconds", lambda call, t=times: t[weight.alg_id_cusparselt])  # type: ignore[attr-defined]
@@ -164,6 +200,28 @@ def test_other_zeros_than_2_4_are_refused_and_dense_layers_left(emulated: None) 
     sparsify(other, "4:8")
     finalize(other)
     assert [note for *_, note in to_semi_structured(other.half()).rows] == ["4:8: the hardware runs only 2:4"]
+
+
+@pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:2"])
+def test_sparser_patterns_run_as_2_4(emulated: None, pattern: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    sparsify(model, pattern)
+    finalize(model)
+    assert to_semi_structured(model.half()).converted == ("0.weight",)
+    other = nn.Sequential(nn.Linear(64, 64))
+    sparsify(other, pattern)
+    finalize(other)
+    with torch.no_grad():
+        other[0].weight[0, :3] = 1.0
+    with pytest.raises(VerificationError, match=r"0\.weight is not 2:4"):
+        to_semi_structured(other.half())
+
+
+def test_a_model_in_a_dtype_that_the_backend_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "unavailable", lambda backend, device: "")
+    model = finalized(nn.Sequential(nn.Linear(64, 64))).float()
+    with pytest.raises(SparsityError, match=r"cusparselt has no float32: convert the model first, with model\.half"):
+        to_semi_structured(model, "cusparselt")
 
 
 class OwnForward(nn.Linear):
@@ -236,8 +294,10 @@ def test_onnx_keeps_the_zeros_and_the_answers(tmp_path: Path) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = finalized(nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))).float()
+    model[1].train()
     x = torch.randn(3, 8, 3, 3)
     path = to_onnx(model, (x,), tmp_path / "new" / "model.onnx")
+    assert [layer.training for layer in model] == [False, True, False, False]  # as it was
     (result,) = onnxruntime.InferenceSession(str(path)).run(None, {onnx.load(path).graph.input[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(result), model(x), rtol=1e-4, atol=1e-5)

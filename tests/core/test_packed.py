@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nm_sparsity.core import CheckpointError, SparsityError, VerificationError, finalize, masks, sparsify
 from nm_sparsity.core.checkpoint import METADATA, save, split
-from nm_sparsity.core.packed import FORMAT, POSITIONS, load_packed, pack, save_packed, unpack
+from nm_sparsity.core.packed import FORMAT, POSITIONS, _digest, load_packed, pack, save_packed, unpack
 from nm_sparsity.core.record import Groups
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -128,15 +128,39 @@ def damage_pattern(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None
     metadata["layers"] = metadata["layers"].replace("2:4", "4:2")
 
 
+def damage_dims(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["layers"] = metadata["layers"].replace('"dims": [1]', '"dims": [1, 1]')
+
+
+def negative_shape(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["layers"] = metadata["layers"].replace("[16, 8, 3, 3]", "[-16, -8, 3, 3]")
+
+
+def nest_deeply(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["layers"] = "[" * 100_000
+
+
 def foreign_format(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     metadata["format"] = "pt"
 
 
+@pytest.mark.parametrize("sealed", [True, False], ids=["with its checksum", "without"])
 @pytest.mark.parametrize(
     "damage",
-    [damage_values, damage_positions, drop_positions, damage_json, damage_shape, damage_pattern, foreign_format],
+    [
+        damage_values,
+        damage_positions,
+        drop_positions,
+        damage_json,
+        damage_shape,
+        damage_pattern,
+        damage_dims,
+        negative_shape,
+        nest_deeply,
+        foreign_format,
+    ],
 )
-def test_damaged_metadata_is_refused(tmp_path: Path, damage) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_metadata_is_refused(tmp_path: Path, damage, sealed: bool) -> None:  # type: ignore[no-untyped-def]
     import safetensors
 
     path = save_packed(tmp_path / "m.safetensors", model())
@@ -145,9 +169,21 @@ def test_damaged_metadata_is_refused(tmp_path: Path, damage) -> None:  # type: i
     tensors = safetensors_torch.load_file(path)
     assert metadata["format"] == FORMAT
     damage(tensors, metadata)
+    if sealed:
+        metadata["sha256"] = _digest(tensors, metadata)
     safetensors_torch.save_file(tensors, path, metadata)
-    with pytest.raises(CheckpointError, match=r"does not fit its tensors|not a packed file of ours"):
+    expected = "does not fit its tensors" if sealed else "does not have the checksum"
+    with pytest.raises(CheckpointError, match=f"{expected}|not a packed file of ours"):
         load_packed(path)
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    path = save_packed(tmp_path / "m.safetensors", model())
+    content = path.read_bytes()
+    for at in range(0, len(content), 41):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        with pytest.raises(CheckpointError):
+            load_packed(path)
 
 
 def test_truncated_and_missing_files_are_refused(tmp_path: Path) -> None:

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from nm_sparsity.core import NMPattern, SparsityError
@@ -13,3 +15,21 @@ def test_parses_and_prints() -> None:
 def test_refuses_what_is_not_n_of_m_and_shows_the_way(text: str) -> None:
     with pytest.raises(SparsityError, match=r'write e\.g\. "2:4"'):
         NMPattern.parse(text)
+
+
+@pytest.mark.parametrize("m", range(2, 7))
+def test_a_pattern_implies_another_exactly_if_every_mask_of_it_does(m: int) -> None:
+    for n, (k, size) in itertools.product(range(1, m), [(1, 2), (1, 3), (1, 4), (2, 4), (3, 4), (2, 6)]):
+        # The worst mask puts its entries wherever a group of the other pattern has most of them.
+        group = [mask for mask in itertools.product((0, 1), repeat=m) if sum(mask) == n]
+        length, worst = m * size, 0
+        for start in range(0, length, size):
+            touched = range(start // m, (start + size - 1) // m + 1)
+            inside = [[range(start, start + size)[0] <= g * m + i < start + size for i in range(m)] for g in touched]
+            worst = max(worst, sum(max(sum(a * b for a, b in zip(mask, row)) for mask in group) for row in inside))
+        assert NMPattern(n, m).implies(NMPattern(k, size)) == (worst <= k)
+
+
+@pytest.mark.parametrize(("pattern", "runs"), [("2:4", 1), ("1:4", 1), ("2:8", 1), ("1:16", 1), ("1:2", 1), ("4:8", 0)])
+def test_what_runs_as_2_4(pattern: str, runs: int) -> None:
+    assert NMPattern.parse(pattern).implies(NMPattern(2, 4)) == bool(runs)

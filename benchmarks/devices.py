@@ -14,6 +14,15 @@ import torch
 from nm_sparsity.core import SparsityError
 
 
+DTYPES = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""The operand types of the products."""
+
+
 @dataclass(frozen=True)
 class Device:
     """Data-sheet figures without sparsity: dense tensor-core TFLOP/s at 16 and 8 bits, memory in TB/s."""
@@ -29,6 +38,18 @@ class Device:
         """Whether the hardware has a 2:4 path: from Ampere on."""
         return self.capability >= (8, 0)
 
+    def check(self, dtype: str) -> None:
+        """Whether there are tensor cores for `dtype`, one of `DTYPES`.
+
+        Raises:
+            SparsityError: if the type is unknown, or the device has none for it.
+        """
+        if dtype not in DTYPES:
+            raise SparsityError(f'unknown dtype "{dtype}"; known: {", ".join(DTYPES)}')
+        if dtype == "fp8" and self.capability < FP8_CAPABILITY:
+            raise SparsityError(f"{self.name} has no tensor cores for fp8: they came with compute capability 8.9")
+        self.peak(DTYPES[dtype].itemsize)
+
     def peak(self, itemsize: int) -> float:
         """Dense FLOP/s for operands of `itemsize` bytes."""
         tflops = self.half_tflops if itemsize == 2 else self.byte_tops
@@ -36,6 +57,8 @@ class Device:
             raise SparsityError(f"{self.name} has no tensor cores for {8 * itemsize}-bit operands")
         return tflops * 1e12
 
+
+FP8_CAPABILITY = (8, 9)
 
 # NVIDIA's data sheets, the figure "without sparsity"; SXM parts unless the name says otherwise.
 DEVICES = {
@@ -49,7 +72,9 @@ DEVICES = {
         Device("l4", 121.0, 242.5, 0.3, (8, 9)),
         Device("l40s", 362.0, 733.0, 0.864, (8, 9)),
         Device("h100-pcie", 756.0, 1513.0, 2.0, (9, 0)),
+        Device("h100-nvl", 835.5, 1671.0, 3.9, (9, 0)),
         Device("h100", 989.4, 1978.9, 3.35, (9, 0)),
+        Device("gh200", 989.4, 1978.9, 4.0, (9, 0)),
         Device("h200", 989.4, 1978.9, 4.8, (9, 0)),
         Device("b200", 2250.0, 4500.0, 8.0, (10, 0)),
     )
@@ -64,6 +89,8 @@ _NAMES = (  # (in torch.cuda.get_device_name, our name); the first match counts
     (r"L40S", "l40s"),
     (r"L4\b", "l4"),
     (r"H100.*PCIe", "h100-pcie"),
+    (r"H100 NVL", "h100-nvl"),
+    (r"GH200", "gh200"),
     (r"H100", "h100"),
     (r"H200", "h200"),
     (r"B200", "b200"),
@@ -86,9 +113,11 @@ def find(name: str) -> Device:
 
 def present() -> Device | None:
     """The GPU of this machine, if there is one that `DEVICES` knows."""
-    if not torch.cuda.is_available():
-        return None
-    marketing_name = torch.cuda.get_device_name()
+    return recognise(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def recognise(marketing_name: str) -> Device | None:
+    """The device that calls itself so, if `DEVICES` knows it."""
     return next((DEVICES[name] for regex, name in _NAMES if re.search(regex, marketing_name)), None)
 
 
@@ -96,14 +125,15 @@ def present() -> Device | None:
 class Product:
     """``Y[tokens, rows] = X[tokens, columns] @ W[rows, columns].T``, W the sparse operand.
 
-    `reuse` is how often an input entry enters the K x K x C_in columns of a convolution as an implicit GEMM: K * K.
+    `reuse` is how often an input entry enters the product, of a convolution as an implicit GEMM: (kernel / stride)^2,
+    over the number of conv groups.
     """
 
     tokens: int
     rows: int
     columns: int
     itemsize: int = 2
-    reuse: int = 1
+    reuse: float = 1.0
 
     @property
     def flops(self) -> int:

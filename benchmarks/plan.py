@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,18 +18,15 @@ import torch
 from torch import nn
 
 from nm_sparsity.benchmarks import devices, models
-from nm_sparsity.benchmarks.devices import Device, Product
+from nm_sparsity.benchmarks.devices import DTYPES, Device, Product
 from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
 from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.export import obstacle
+from nm_sparsity.core.export import PATTERN, obstacle
 from nm_sparsity.core.flops import count_flops
 from nm_sparsity.core.table import format_table
 
 WORTH = 1.05
 """A ceiling below this does not pay: measured gains stay well below their ceilings."""
-
-ITEMSIZE = {"fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -99,9 +97,8 @@ def plan(
     Raises:
         SparsityError: for an unknown dtype or a device without tensor cores for it.
     """
-    if dtype not in ITEMSIZE:
-        raise SparsityError(f'unknown dtype "{dtype}"; known: {", ".join(ITEMSIZE)}')
-    itemsize = ITEMSIZE[dtype]
+    device.check(dtype)
+    itemsize = DTYPES[dtype].itemsize
     total, flops = count_flops(model, inputs)
     modules = dict(model.named_modules())
     report = sparsify(model, pattern, exclude=exclude)
@@ -114,13 +111,13 @@ def plan(
             continue
         owner, _, parameter = weight.name.rpartition(".")
         rows, columns = weight.shape[0], weight.size // weight.shape[0]
-        reuse = columns // weight.shape[1] if len(weight.shape) > 2 else 1
-        product = Product(flops[weight.name] // (2 * weight.size), rows, columns, itemsize, reuse)
+        tokens = flops[weight.name] // (2 * weight.size)
+        product = Product(tokens, rows, columns, itemsize, _reuse(modules[owner]))
         why = weight.note if not weight.sparse else ""
-        why = why or ("" if NMPattern.parse(pattern) == NMPattern(2, 4) else "the hardware runs only 2:4")
+        why = why or ("" if NMPattern.parse(pattern).implies(PATTERN) else "the hardware runs only 2:4")
         why = why or ("" if device.sparse_tensor_cores else f"{device.name} has no sparse tensor cores")
         eligible = not why
-        why = why or obstacle(modules[owner], parameter, weight.shape, _dtype(dtype), "cusparselt")
+        why = why or obstacle(modules[owner], parameter, weight.shape, DTYPES[dtype], "cusparselt")
         found.append((weight.name, product, why, eligible))
     dense = rest + sum(product.dense_seconds(device) for _, product, _, _ in found)
     layers = tuple(
@@ -148,8 +145,12 @@ def _common_name(names: Sequence[str]) -> str:
     return "".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
-def _dtype(name: str) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[name]
+def _reuse(module: nn.Module) -> float:
+    """See `Product`; what a stride skips is not read."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return 1.0
+    covered = math.prod(k / s for k, s in zip(module.kernel_size, module.stride, strict=True))
+    return max(1.0, covered) / module.groups
 
 
 def for_workload(name: str, batch: int, device: Device, pattern: str = "2:4", dtype: str = "fp16") -> Plan:
@@ -171,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pattern", default="2:4", help="N:M (default 2:4)")
     parser.add_argument("--device", default="h100", help=f"{', '.join(devices.DEVICES)} (default h100)")
     parser.add_argument("--batch", type=int, default=32, help="examples at a time (default 32)")
-    parser.add_argument("--dtype", default="fp16", help=f"{', '.join(ITEMSIZE)} (default fp16)")
+    parser.add_argument("--dtype", default="fp16", help=f"{', '.join(DTYPES)} (default fp16)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
     if args.batch < 1:

@@ -55,6 +55,8 @@ def test_ceilings_stay_between_one_and_two_and_need_sparse_tensor_cores() -> Non
         ("NVIDIA A10", "a10"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"),

@@ -41,10 +41,38 @@ def test_a_single_product_has_its_own_ceiling() -> None:
     assert result.ceiling == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "2:8"])
+def test_sparser_patterns_gain_what_2_4_gains(pattern: str) -> None:
+    result = of(nn.Linear(4096, 4096, bias=False), torch.empty(4096, 4096, device="meta"), pattern=pattern)
+    assert result.ceiling == pytest.approx(2.0)
+
+
+def test_a_stride_reads_more_and_groups_read_all() -> None:
+    """By hand, 3 x 3 with 128 channels on 56 x 56, batch 256, fp16: bytes of the input, output and weight."""
+    images = torch.empty(256, 128, 56, 56, device="meta")
+    for stride, groups in ((1, 1), (2, 1), (2, 2)):
+        conv = nn.Conv2d(128, 128, 3, stride, padding=1, groups=groups, bias=False, device="meta")
+        (layer,) = of(conv, images).layers
+        pixels = 256 * (56 // stride) ** 2
+        moved = 2 * (256 * 128 * 56 * 56 + pixels * 128 + conv.weight.numel())
+        flops = 2 * pixels * conv.weight.numel()
+        expected = max(flops / H100.peak(2), moved / (H100.bandwidth * 1e12))
+        assert layer.product.dense_seconds(H100) == pytest.approx(expected, rel=1e-3)
+    patches = nn.Conv2d(128, 128, 16, 16, device="meta")
+    assert of(patches, torch.empty(1, 128, 64, 64, device="meta")).layers[0].product.reuse == 1
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Dropout()).train()
+    model[1].eval()
+    of(model, torch.randn(2, 64))
+    assert [module.training for module in model.modules()] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("options", "device", "reason"),
     [
-        ({"pattern": "1:4"}, "h100", "the hardware runs only 2:4"),
+        ({"pattern": "4:8"}, "h100", "the hardware runs only 2:4"),
         ({"pattern": "2:4"}, "v100", "v100 has no sparse tensor cores"),
         ({"pattern": "2:4", "exclude": ["0"]}, "h100", 'excluded by "0"'),
     ],
@@ -59,7 +87,7 @@ def test_why_not(options: dict[str, str], device: str, reason: str) -> None:
 def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan.main(["resnet50", "--batch", "32", "--device", "h200"]) == 0
     text = capsys.readouterr().out
-    expected = r"^layer4\.\*\.conv2 +3 +1,568 +512x4608 .* no: torch has no 2:4 convolution"
+    expected = r"^layer4\.\*\.conv2 +2 +1,568 +512x4608 .* no: torch has no 2:4 convolution"
     assert re.search(expected, text, re.MULTILINE)
     assert re.search(r'^fc +1 +32 +1000x2048 .* no: excluded by "fc"$', text, re.MULTILINE)
     assert "layers pay; the whole model gains at most 1.0" in text
@@ -78,6 +106,7 @@ def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["resnet50", "--device", "tpu"], 'unknown device "tpu"; known: v100'),
         (["resnet50", "--dtype", "fp64"], 'unknown dtype "fp64"; known: fp16'),
         (["resnet50", "--device", "v100", "--dtype", "int8"], "v100 has no tensor cores for 8-bit operands"),
+        (["resnet50", "--device", "a100", "--dtype", "fp8"], "a100 has no tensor cores for fp8"),
         (["resnet50", "--pattern", "4:2"], 'pattern "4:2" is not N:M'),
         (["resnet50", "--batch", "0"], "--batch must be at least 1"),
     ],

@@ -13,7 +13,6 @@ import torch
 
 from nm_sparsity.core import SparsityError
 
-
 DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,

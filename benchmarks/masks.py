@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,11 +26,11 @@ SIZES = (1, 4, 16, 64, 250, 500)
 """Millions of weights, for how the cost grows."""
 
 
-def argsort_scatter(w: Tensor, n: int, m: int) -> Tensor:
-    """What the paper's published code does: sort every group, scatter zeros into a mask of ones, multiply."""
+def published_mask(w: Tensor, n: int, m: int) -> Tensor:
+    """What the paper's published code does: sort every group, scatter zeros into a mask of ones."""
     groups = w.detach().abs().reshape(-1, m)
     drop = groups.argsort(dim=1)[:, : m - n]
-    return w * torch.ones_like(groups).scatter_(1, drop, 0.0).reshape(w.shape)
+    return torch.ones_like(groups).scatter_(1, drop, 0.0).reshape(w.shape)
 
 
 def topk(w: Tensor, n: int, m: int) -> Tensor:
@@ -50,10 +51,14 @@ def kthvalue(w: Tensor, n: int, m: int) -> Tensor:
 ALTERNATIVES: dict[str, Masking] = {
     "ours": lambda w, n, m: kernels.keep_largest(w, n, m, 1),
     "ours, pure torch": lambda w, n, m: reference.keep_largest(w, n, m, 1),
-    "argsort+scatter": argsort_scatter,
+    "argsort+scatter": lambda w, n, m: w * published_mask(w, n, m),
     "topk": topk,
     "kthvalue": kthvalue,
 }
+
+
+DECAY = "ours, decay"
+"""``g += lambda * (w - w_masked)``: what SR-STE does besides, once a step. Gradients are read and written, too."""
 
 
 def measure(
@@ -80,11 +85,17 @@ def measure(
 
         return call
 
-    calls = {"copy": run(lambda w, n, m: w.clone()), **{name: run(ALTERNATIVES[name]) for name in names}}
+    gradients = [torch.zeros_like(w) for w in weights]
+
+    def decay(i: int) -> None:
+        for w, gradient in zip(sets[i % len(sets)], gradients, strict=True):
+            kernels.add_dropped_(gradient, w, pattern.n, pattern.m, 1, 2e-4)
+
+    calls = {"copy": run(lambda w, n, m: w.clone()), **{name: run(ALTERNATIVES[name]) for name in names}, DECAY: decay}
     timings = timing.compare(calls, device, rounds)
     size = sum(w.numel() for w in weights)
-    traffic = 2 * bytes_once
     for name, t in timings.items():
+        traffic = (3 if name == DECAY else 2) * bytes_once
         row = {
             "weights": label,
             "millions": round(size / 1e6, 2),
@@ -98,13 +109,17 @@ def measure(
             "GB/s": traffic / t.median / 1e9,
             "of bandwidth": traffic / t.median / bandwidth,
         }
-        if "argsort+scatter" in timings:
+        if "argsort+scatter" in timings and name != DECAY:
             row["x argsort"] = timings["argsort+scatter"].over(t)[0]
         result.add(**row)
 
 
 def check(result: Result, device: torch.device) -> None:
-    """The contract, on `device` against the pure-torch reference on the CPU: one row a dtype."""
+    """The contract, on `device` against the pure-torch reference on the CPU, bit by bit: one row a dtype.
+
+    Raises:
+        SparsityError: if anything differs: measuring a wrong kernel says nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     patterns = ("1:2", "2:4", "4:8", "1:16", "4:32")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -116,18 +131,31 @@ def check(result: Result, device: torch.device) -> None:
                 where = torch.rand(shape, generator=generator) < 0.5
                 w = torch.where(where, special[torch.randint(8, shape, generator=generator)], w)
                 for arranged in (w, w.to(memory_format=torch.channels_last)) if w.dim() == 4 else (w,):
-                    expected = reference.keep_largest(arranged, pattern.n, pattern.m, 1)
-                    found = kernels.keep_largest(arranged.to(device), pattern.n, pattern.m, 1).cpu()
-                    wrong += int((found.isnan() != expected.isnan()).sum())
-                    wrong += int((found.nan_to_num() != expected.nan_to_num()).sum())
+                    found = _everything(kernels, arranged.to(device), pattern)
+                    expected = _everything(reference, arranged, pattern)
+                    wrong += sum(_differing_bits(a.cpu(), b) for a, b in zip(found, expected, strict=True))
         name = str(dtype).removeprefix("torch.")
         result.add(weights="with ties, 0, inf, NaN", dtype=name, pattern=" ".join(patterns), how="ours", wrong=wrong)
+    if wrong := sum(row["wrong"] for row in result.rows):
+        raise SparsityError(f"the kernels on {device} differ from the reference in {wrong:,} entries: not timed")
 
 
-def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 7) -> None:
+def _everything(backend: ModuleType, w: Tensor, pattern: NMPattern) -> list[Tensor]:
+    """What the kernels make of `w`: masked weight, mask, and decay by a scale that rounds nothing, in both forms."""
+    form = (pattern.n, pattern.m, 1)
+    scales = (0.5, torch.tensor(0.5, device=w.device))
+    decayed = [backend.add_dropped_(torch.ones_like(w), w, *form, scale) for scale in scales]
+    return [backend.keep_largest(w, *form), backend.nm_mask(w, *form), *decayed]
+
+
+def _differing_bits(a: Tensor, b: Tensor) -> int:
+    both_nan = (a.isnan() & b.isnan()).flatten()
+    a, b = (t.flatten().view(torch.uint8).view(t.numel(), -1) for t in (a, b))
+    return int(((a != b).any(1) & ~both_nan).sum())
+
+
+def run(result: Result, device: torch.device, quick: bool, rounds: int = 7) -> None:
     """The whole benchmark."""
-    if device.type == "cpu":
-        torch.set_num_threads(threads)
     rounds = 3 if quick else rounds
     check(result, device)
     known = devices.present() if device.type == "cuda" else None
@@ -165,14 +193,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     report.add_arguments(parser)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--rounds", type=int, default=7, help="samples of each alternative (default 7)")
     args = parser.parse_args(argv)
-    if args.threads < 1 or args.rounds < 1:
-        raise SparsityError("--threads and --rounds must be at least 1")
-    device = report.choose_device(args.device)
+    device = report.set_up(args)
     with report.saved("masks", device, args.out) as result:
-        run(result, device, args.quick, args.threads, args.rounds)
+        run(result, device, args.quick, args.rounds)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from nm_sparsity.core.table import format_table
 WORTH = 1.05
 """A ceiling below this does not pay: measured gains stay well below their ceilings."""
 
+
 @dataclass(frozen=True)
 class Layer:
     """One weight's product on a device; `obstacle` says why torch cannot run it 2:4."""

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +31,10 @@ NOT_RUN = "not_run"
 DEFAULT_FOLDER = "runs/benchmarks"
 COMMITTED = Path(__file__).parent / "results"
 MOST_BARS = 60
+MOST_ROWS = 100
+"""On the page; a file may have thousands."""
+
+SAVE_SECONDS = 10
 
 
 @dataclass
@@ -40,19 +45,26 @@ class Result:
     device: str
     rows: list[Row] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=lambda: {**environment(), "driver": driver()})
+    folder: Path | None = field(default=None, compare=False)
+    """Where `add` saves what there is, now and then, in case the process is ended from outside."""
+    _saved: float = field(default_factory=time.monotonic, init=False, repr=False, compare=False)
 
     def add(self, **row: Any) -> None:
         """Append a row; the values are text, numbers, None or lists of numbers."""
         self.rows.append(row)
+        if self.folder is not None and time.monotonic() - self._saved > SAVE_SECONDS:
+            self.save(self.folder)
+            self._saved = time.monotonic()
 
-    def table(self, columns: Sequence[str] | None = None, markdown: bool = False) -> str:
-        """The rows under the given columns (default all), "not run: why" in the last one where it applies."""
-        names = list(columns or dict.fromkeys(key for row in self.rows for key in row if key != NOT_RUN))
-        notes = any(NOT_RUN in row for row in self.rows)
+    def table(self, markdown: bool = False, most: int | None = None) -> str:
+        """The first `most` rows, "not run: why" in the last column where it applies."""
+        rows = self.rows[:most]
+        names = list(dict.fromkeys(key for row in rows for key in row if key != NOT_RUN))
+        notes = any(NOT_RUN in row for row in rows)
         cells = [
             [_cell(row.get(name)) for name in names]
             + ([f"not run: {row[NOT_RUN]}" if NOT_RUN in row else ""] if notes else [])
-            for row in self.rows
+            for row in rows
         ]
         return format_table([*names, *([""] if notes else [])], cells, markdown)
 
@@ -147,7 +159,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that every benchmark has."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--out", default=DEFAULT_FOLDER, help=f"folder for the result files (default {DEFAULT_FOLDER})")
+
+
+def set_up(args: argparse.Namespace) -> torch.device:
+    """The device to measure on, with the threads set, before anything records the environment.
+
+    Raises:
+        SparsityError: for a number out of range (also of --rounds and --minutes, where there are), or a device that is
+            not here.
+    """
+    for option in ("threads", "rounds"):
+        if getattr(args, option, 1) < 1:
+            raise SparsityError(f"--{option} must be at least 1")
+    minutes = getattr(args, "minutes", None)
+    if minutes is not None and minutes <= 0:
+        raise SparsityError("--minutes must be above 0")
+    device = choose_device(args.device)
+    torch.set_num_threads(args.threads)
+    return device
 
 
 @contextmanager
@@ -157,8 +188,7 @@ def saved(what: str, device: torch.device, folder: str | Path) -> Iterator[Resul
     Raises:
         SparsityError: at once, if `folder` cannot be written.
     """
-    writable(folder)
-    result = Result(what, device_name(device))
+    result = Result(what, device_name(device), folder=writable(folder))
     try:
         yield result
     except Exception as error:
@@ -191,6 +221,7 @@ def plot(result: Result, path: Path) -> Path | None:
         from matplotlib.figure import Figure
     except ImportError:
         return None
+    shown = f", the first {MOST_BARS} of {len(rows)}" if len(rows) > MOST_BARS else ""
     rows = rows[:MOST_BARS][::-1]
     figure = Figure(figsize=(9, 1 + 0.22 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -202,7 +233,7 @@ def plot(result: Result, path: Path) -> Path | None:
     axes.set_yticks(range(len(rows)), [" ".join(str(row.get(label, "")) for label in labels) for row in rows], size=7)
     axes.margins(y=0.01)
     axes.set_xlabel(column)
-    axes.set_title(f"{result.what}: {result.device}, torch {result.environment['torch']}", size=9)
+    axes.set_title(f"{result.what}: {result.device}, torch {result.environment['torch']}{shown}", size=9)
     picture = path.with_suffix(".png")
     figure.savefig(picture)
     return picture
@@ -229,7 +260,8 @@ def draw(folder: str | Path = COMMITTED, page: Path = PAGE) -> None:
 
 
 def _section(path: Path) -> str:
-    result, about = Result.load(path), Result.load(path).environment
+    result = Result.load(path)
+    about, more = result.environment, len(result.rows) - MOST_ROWS
     where = result.device + (
         f", CUDA {about['cuda']}, driver {about['driver']}" if about.get("gpu") else f", {about['threads']} thread(s)"
     )
@@ -237,8 +269,10 @@ def _section(path: Path) -> str:
         f"**{where}**, torch {about['torch']}, Python {about['python']}, {about['time'][:10]}, "
         f"commit {str(about['commit'])[:10]}: [`{path.name}`](results/{path.name})",
         f"`{about['command']}`",
-        result.table(markdown=True),
+        result.table(markdown=True, most=MOST_ROWS),
     ]
+    if more > 0:
+        lines.append(f"{more:,} more rows are in the file.")
     if path.with_suffix(".png").exists():
         lines.append(f"![{result.what}](results/{path.with_suffix('.png').name})")
     return "\n\n".join(lines)
@@ -246,9 +280,12 @@ def _section(path: Path) -> str:
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """Redraw benchmarks/README.md."""
+    """Redraw benchmarks/README.md, and the pictures that a machine without matplotlib could not draw."""
     parser = argparse.ArgumentParser(description="Redraw benchmarks/README.md from benchmarks/results/.")
     parser.parse_args(argv)
+    for path in COMMITTED.glob("*.json"):
+        if not path.with_suffix(".png").exists():
+            plot(Result.load(path), path)
     draw()
     print(f"wrote {PAGE}")
 

@@ -28,9 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     report.add_arguments(parser)
     parser.add_argument("--minutes", type=float, help="of measuring; what is left then becomes rows that say so")
     args = parser.parse_args(argv)
-    if args.minutes is not None and args.minutes <= 0:
-        raise SparsityError("--minutes must be above 0")
-    device, budget = report.choose_device(args.device), Budget(args.minutes)
+    device, budget = report.set_up(args), Budget(args.minutes)
+    report.writable(args.out)
 
     def sweep() -> Budget:
         """A part of the time, so that enough is left for compiling whole models."""
@@ -52,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     result.add(not_run="out of time")
                 else:
                     step(result)
-        except SparsityError:
-            raise
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            if not isinstance(error, SparsityError):
+                traceback.print_exc()
+            print(f"{name}: {error}")
             failed.append(name)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nm_sparsity.benchmarks import models, report, timing
+from nm_sparsity.benchmarks.masks import published_mask
 from nm_sparsity.benchmarks.report import Result
-from nm_sparsity.core import SparsityError, sparsify
+from nm_sparsity.core import sparsify
 from nm_sparsity.core.errors import command_line
 
 PATTERN = "2:4"
@@ -31,9 +32,7 @@ class _Published(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, n: int, m: int, decay: float) -> Tensor:
-        groups = w.detach().abs().reshape(-1, m)
-        drop = groups.argsort(dim=1)[:, : m - n]
-        mask = torch.ones_like(groups).scatter_(1, drop, 0.0).reshape(w.shape)
+        mask = published_mask(w, n, m)
         ctx.save_for_backward(w, mask)
         ctx.decay = decay
         return w * mask
@@ -100,26 +99,26 @@ def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rou
     timings = timing.compare(calls, device, rounds)
     for variant, t in timings.items():
         ratio, *spread = t.over(timings["dense"])
-        result.add(
-            model=name,
-            input="x".join(map(str, inputs.shape)),
-            dtype="bf16 autocast" if amp else "fp32",
-            variant=variant,
-            step_ms=t.median * 1e3,
-            overhead=ratio - 1,
-            quartiles=[q - 1 for q in spread],
-            rounds=rounds,
-        )
-        result.rows[-1]["peak MiB"] = memory[variant]
+        row = {
+            "model": name,
+            "input": "x".join(map(str, inputs.shape)),
+            "dtype": "bf16 autocast" if amp else "fp32",
+            "variant": variant,
+            "step_ms": t.median * 1e3,
+            "overhead": ratio - 1,
+            "quartiles": [q - 1 for q in spread],
+            "rounds": rounds,
+            "peak MiB": memory[variant],
+        }
+        result.add(**row)
 
 
-def run(result: Result, device: torch.device, quick: bool, threads: int = 1, rounds: int = 5) -> None:
+def run(result: Result, device: torch.device, quick: bool, rounds: int = 9) -> None:
     """The whole benchmark: small inputs on a CPU, those of real training on a GPU."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         cases = [("resnet50", (32 if quick else 256, 224)), ("language-model", (8 if quick else 32, 512))]
     else:
-        torch.set_num_threads(threads)
         cases = [
             ("resnet18-cifar", (32, 32)),
             ("resnet50", (8, 32 if quick else 128)),
@@ -141,14 +140,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     report.add_arguments(parser)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each variant (default 5)")
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each variant (default 9)")
     args = parser.parse_args(argv)
-    if args.threads < 1 or args.rounds < 1:
-        raise SparsityError("--threads and --rounds must be at least 1")
-    device = report.choose_device(args.device)
+    device = report.set_up(args)
     with report.saved("training", device, args.out) as result:
-        run(result, device, args.quick, args.threads, args.rounds)
+        run(result, device, args.quick, args.rounds)
 
 
 if __name__ == "__main__":

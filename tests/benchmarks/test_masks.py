@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 from nm_sparsity.benchmarks import masks, models
 from nm_sparsity.benchmarks.report import Result
-from nm_sparsity.core import NMPattern, keep_largest, kernels
+from nm_sparsity.core import NMPattern, SparsityError, keep_largest, kernels
+from nm_sparsity.core.kernels import reference
 
 CPU = torch.device("cpu")
 
@@ -21,14 +23,32 @@ def test_every_alternative_gives_the_same_weights(how: str, pattern: str) -> Non
     assert torch.equal(masks.ALTERNATIVES[how](w, nm.n, nm.m), keep_largest(w, pattern))
 
 
-def test_the_check_passes_and_would_notice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_passes() -> None:
     result = Result("masks", "cpu")
     masks.check(result, CPU)
     assert [row["dtype"] for row in result.rows] == ["float32", "bfloat16", "float16"]
     assert all(row["wrong"] == 0 for row in result.rows)
-    monkeypatch.setattr(kernels, "keep_largest", lambda w, n, m, axis: w)
+
+
+def negative_zeros(w: torch.Tensor, n: int, m: int, axis: int) -> torch.Tensor:
+    kept = reference.keep_largest(w, n, m, axis)
+    return torch.where(kept == 0, -0.0, kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("keep_largest", lambda w, n, m, axis: w),
+        ("keep_largest", negative_zeros),
+        ("nm_mask", lambda w, n, m, axis: torch.ones_like(w, dtype=torch.bool)),
+        ("add_dropped_", lambda target, w, n, m, axis, scale: target),
+    ],
+)
+def test_the_check_would_notice(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., torch.Tensor]) -> None:
+    monkeypatch.setattr(kernels, name, wrong)
     result = Result("masks", "cpu")
-    masks.check(result, CPU)
+    with pytest.raises(SparsityError, match="differ from the reference"):
+        masks.check(result, CPU)
     assert all(row["wrong"] > 0 for row in result.rows)
 
 
@@ -37,12 +57,13 @@ def test_a_small_run_writes_its_rows(
 ) -> None:
     monkeypatch.setattr(models, "layer_set", lambda name: [(64, 32, 1, 1), (32, 64, 3, 3)])
     monkeypatch.setattr(masks, "SIZES", (1,))
-    assert masks.main(["--quick", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    assert masks.main(["--quick", "--device", "cpu", "--rounds", "1", "--threads", "2", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("masks_*.json")
     rows = Result.load(path).rows
     copies = [row for row in rows if row["how"] == "copy"]
     assert all(row["x copy"] == 1 for row in copies)
-    assert {row["how"] for row in rows} >= {"copy", *masks.ALTERNATIVES}
+    assert {row["how"] for row in rows} >= {"copy", masks.DECAY, *masks.ALTERNATIVES}
+    assert Result.load(path).environment["threads"] == 2
     assert rows[-1] == {"weights": "resnet50", "how": "ours (Triton)", "not_run": "needs CUDA"}
     one = next(row for row in rows if row["weights"] == "one matrix")
     assert one["GB/s"] == pytest.approx(8 / one["ns/weight"], rel=1e-6)  # fp32, read and written
@@ -56,7 +77,8 @@ def test_a_small_run_writes_its_rows(
     [
         (["--device", "cuda"], "there is no CUDA device here; use --device cpu"),
         (["--device", "tpu"], 'unknown device "tpu"'),
-        (["--rounds", "0"], "--threads and --rounds must be at least 1"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1"),
         (["--out", "/proc/none"], "cannot write results to /proc/none"),
     ],
 )

@@ -36,6 +36,27 @@ def test_the_table_shows_what_was_not_run() -> None:
     assert lines[3].endswith("not run: needs CUDA")
 
 
+def test_long_results_are_cut_on_the_page(tmp_path: Path) -> None:
+    page, result = tmp_path / "README.md", example()
+    page.write_text("\n".join(f"<!-- {what} -->\n<!-- end -->" for what in report.CHARTS).replace("-->\n<", "-->\n\n<"))
+    result.rows = [{"weights": f"w{i}", "ns/weight": 1.0} for i in range(report.MOST_ROWS + 7)]
+    result.save(tmp_path / "results")
+    draw(tmp_path / "results", page)
+    assert f"| w{report.MOST_ROWS - 1}" in page.read_text()
+    assert f"| w{report.MOST_ROWS} " not in page.read_text()
+    assert "7 more rows are in the file." in page.read_text()
+
+
+def test_rows_are_saved_while_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with saved("masks", torch.device("cpu"), tmp_path) as result:
+        result.add(weights="first")
+        assert not list(tmp_path.glob("*.json"))
+        monkeypatch.setattr(report, "SAVE_SECONDS", -1)
+        result.add(weights="second")
+        (path,) = tmp_path.glob("*.json")
+        assert Result.load(path).rows == [{"weights": "first"}, {"weights": "second"}]
+
+
 def test_the_page_is_drawn_from_the_newest_file_of_each_device(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     blocks = "\n".join(f"<!-- {what} -->\nold\n<!-- end -->" for what in report.CHARTS)

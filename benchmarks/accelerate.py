@@ -36,7 +36,7 @@ def build(name: str, arguments: Sequence[Any] = ()) -> nn.Module:
         return models.workload(name).build()
     try:
         model = getattr(importlib.import_module(module), function)(*arguments)
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise SparsityError(f'cannot build "{name}": {error}') from error
     if not isinstance(model, nn.Module):
         raise SparsityError(f'"{name}" returned {type(model).__name__}, expected a torch.nn.Module')
@@ -56,6 +56,12 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
     restore(model, state)
     model.eval()
     try:
+        inference.model_call(model, [x])(0)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = "x".join(map(str, x.shape))
+        reason = inference.first_line(error)
+        raise SparsityError(f"the model does not take an input of {shape} ({x.dtype}): {reason}") from error
+    try:
         steps.append(("ONNX", str(export.to_onnx(model, (x,), out / f"{checkpoint.stem}.onnx"))))
     except SparsityError as error:
         steps.append(("ONNX", f"not run: {error}"))
@@ -64,9 +70,13 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
 
     device = torch.device("cuda")
     dense = model.to(device, torch.float16)
-    x = x.to(device, torch.float16)
+    x = x.to(device, torch.float16 if x.is_floating_point() else x.dtype)
     sparse = copy.deepcopy(dense)
-    done = export.to_semi_structured(sparse, tokens=max(16, x.numel() // x.shape[1]))
+    features = 1 if not x.is_floating_point() else x.shape[1 if x.dim() == 4 else -1]
+    try:
+        done = export.to_semi_structured(sparse, tokens=x.numel() // features)
+    except SparsityError as error:
+        return [*steps, ("compress and time", f"not run: {error}")]
     calls = {"dense": inference.model_call(dense, [x]), "2:4": inference.model_call(sparse, [x])}
     deviation = inference.relative_error(calls["2:4"](0), calls["dense"](0).double())
     timings = timing.compare(calls, device, rounds)
@@ -84,14 +94,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="package.module:function, or the name of a benchmark model")
     parser.add_argument("--args", default="[]", help="the function's arguments as a JSON list")
     parser.add_argument("--input", required=True, help="shape of an input, e.g. 64,3,32,32")
+    parser.add_argument("--vocabulary", type=int, help="the input is token ids below this")
     parser.add_argument("--out", type=Path, default=Path(report.DEFAULT_FOLDER), help="folder for the files")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each model (default 20)")
     args = parser.parse_args(argv)
     try:
-        x = torch.randn([int(size) for size in args.input.split(",")])
+        shape = [int(size) for size in args.input.split(",")]
+        x = torch.randn(shape) if args.vocabulary is None else torch.randint(args.vocabulary, shape)
         arguments = json.loads(args.args)
     except (ValueError, RuntimeError) as error:
-        raise SparsityError(f"--input takes a shape such as 64,3,32,32, and --args a JSON list: {error}") from error
+        raise SparsityError(
+            f"--input takes a shape such as 64,3,32,32, --args a JSON list, --vocabulary a number above 0: {error}"
+        ) from error
     out = report.writable(args.out)
     steps = accelerate(args.checkpoint, build(args.model, arguments), x, out, args.rounds)
     print(format_table(["step", "outcome"], steps))

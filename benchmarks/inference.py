@@ -1,38 +1,33 @@
 """What 2:4 inference gains through torch's semi-structured tensors: `python -m nm_sparsity.benchmarks.inference`.
 
-First single matrix products, eager and under CUDA graphs, then whole models, eager and compiled. Every row of a sparse
-variant gives the speed-up over the fastest dense one, the most that the roofline allows, how much of that gain was
-reached, and the relative error against the dense product with the same masked weight.
+First single matrix products, eager and under CUDA graphs: those of the whole models below, and a sweep over the layers
+of well-known ones. Then whole models, eager, compiled, and compiled under CUDA graphs. Every row of a sparse variant
+gives the speed-up over dense (a product's with the same launch, a model's fastest), the most that the roofline allows,
+how much of that gain was reached, and the relative error against the dense product with the same masked weight.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nm_sparsity.benchmarks import devices, models, plan, report, timing
-from nm_sparsity.benchmarks.devices import COMPRESSED, Product
+from nm_sparsity.benchmarks.devices import DTYPES, FP8_CAPABILITY, Product
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.benchmarks.timing import Budget, Call, CudaGraph
 from nm_sparsity.core import SparsityError, export, finalize, keep_largest, sparsify
 from nm_sparsity.core.errors import command_line
 
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
-TOKENS = (1, 16, 128, 512, 1024, 4096, 16384)
+TOKENS = (4096, 1024, 16384, 512, 128, 16, 1)
+"""The most wanted first, in case time runs out."""
+
 MODELS = (("bert-large", 32), ("vit-l", 64), ("resnet50", 256), ("transformer-base", 64))
-COMPILE_MODES = {"eager": None, "compiled": "default", "compiled, CUDA graphs": "reduce-overhead"}
 SPARSE = ("cutlass", "cusparselt", "cusparselt, searched")
 CHECKED_ROWS = 256
 """Rows of the output that are compared with the reference."""
@@ -40,6 +35,13 @@ CHECKED_ROWS = 256
 
 class Unavailable(Exception):
     """Why a contender cannot run on this device, dtype or shape."""
+
+
+class Contender(NamedTuple):
+    """A way to compute a product, and the bytes its weight takes."""
+
+    call: Call
+    weight_bytes: int
 
 
 def output_dtype(dtype: torch.dtype) -> torch.dtype | None:
@@ -55,24 +57,27 @@ def random_operands(product: Product, dtype: torch.dtype, device: torch.device) 
     return _cast(x, dtype), _cast(w, dtype)
 
 
-def dense(xs: list[Tensor], ws: list[Tensor]) -> Call:
+def dense(xs: list[Tensor], ws: list[Tensor]) -> Contender:
     """torch's dense product of the dtype."""
-    dtype = xs[0].dtype
+    call: Call
+    dtype, rows = xs[0].dtype, len(xs[0])
     if dtype == torch.int8:
-        if len(xs[0]) <= 16:
-            raise Unavailable("torch._int_mm needs more than 16 rows")
-        return lambda i: torch._int_mm(xs[i % len(xs)], ws[i % len(ws)].t())
-    if dtype == torch.float8_e4m3fn:
-        if xs[0].device.type != "cuda" or torch.cuda.get_device_capability(xs[0].device) < (8, 9):
+        # torch._int_mm takes no fewer rows; padded before the clock runs, which favours dense.
+        xs = [_padded(x, 32) for x in xs] if rows <= 16 else xs
+        call = lambda i: torch._int_mm(xs[i % len(xs)], ws[i % len(ws)].t())[:rows]  # noqa: E731
+    elif dtype == torch.float8_e4m3fn:
+        if xs[0].device.type != "cuda" or torch.cuda.get_device_capability(xs[0].device) < FP8_CAPABILITY:
             raise Unavailable("fp8 needs compute capability 8.9 or newer")
-        one = torch.ones((), device=xs[0].device)
-        return lambda i: torch._scaled_mm(
-            xs[i % len(xs)], ws[i % len(ws)].t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16
+        options = {"scale_a": torch.ones((), device=xs[0].device), "scale_b": torch.ones((), device=xs[0].device)}
+        call = lambda i: torch._scaled_mm(  # noqa: E731
+            xs[i % len(xs)], ws[i % len(ws)].t(), **options, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-    return lambda i: F.linear(xs[i % len(xs)], ws[i % len(ws)])
+    else:
+        call = lambda i: F.linear(xs[i % len(xs)], ws[i % len(ws)])  # noqa: E731
+    return Contender(call, ws[0].nbytes)
 
 
-def sparse(how: str, xs: list[Tensor], ws: list[Tensor]) -> Call:
+def sparse(how: str, xs: list[Tensor], ws: list[Tensor]) -> Contender:
     """The product with compressed weights by `how`, one of `SPARSE`.
 
     Raises:
@@ -81,9 +86,15 @@ def sparse(how: str, xs: list[Tensor], ws: list[Tensor]) -> Call:
     backend, dtype = how.split(",")[0], xs[0].dtype
     if reason := export.unavailable(backend, xs[0].device):
         raise Unavailable(reason)
-    if reason := export.obstacle(torch.nn.Linear(1, 1), "weight", ws[0].shape, dtype, backend):
+    if reason := export.matrix_obstacle(ws[0].shape, dtype, backend):
         raise Unavailable(reason)
     weights = [export.compress(w, backend) for w in ws]
+    compressed = sum(part.nbytes for part in (weights[0].packed, getattr(weights[0], "meta", None)) if part is not None)
+    return Contender(_sparse_call(how, xs, weights), compressed)
+
+
+def _sparse_call(how: str, xs: list[Tensor], weights: list[Any]) -> Call:
+    backend, dtype = how.split(",")[0], xs[0].dtype
     if how != "cusparselt, searched" and dtype in (torch.float16, torch.bfloat16):
         return lambda i: F.linear(xs[i % len(xs)], weights[i % len(weights)])
     multiple = 8 if dtype in (torch.float16, torch.bfloat16) else 16
@@ -121,14 +132,15 @@ def measure_product(
     reference = x[:CHECKED_ROWS].float().double() @ w.float().double().t()
     head = {"layer": layer, "tokens": product.tokens, "weight": f"{product.rows}x{product.columns}", "dtype": dtype}
 
-    makers: dict[str, Callable[[], Call]] = {"dense": lambda: dense(xs, ws)}
+    makers: dict[str, Callable[[], Contender]] = {"dense": lambda: dense(xs, ws)}
     makers |= {how: lambda how=how: sparse(how, xs, ws) for how in SPARSE}  # type: ignore[misc]
     calls: dict[tuple[str, str], Call] = {}
     errors: dict[str, float] = {}
+    weight_bytes: dict[str, int] = {}
     missing: dict[tuple[str, str], str] = {}
     for how, make in makers.items():
         try:
-            call = make()
+            call, weight_bytes[how] = make()
             errors[how] = relative_error(call(0), reference)
         except Unavailable as reason:
             missing[how, "eager"] = str(reason)
@@ -154,7 +166,6 @@ def measure_product(
         t = timings[f"{how}|{launch}"]
         best_dense = timings.get(f"dense|{launch}")
         speedup = best_dense.over(t)[0] if best_dense and how != "dense" else None
-        weight_bytes = product.weight_bytes * (1 if how == "dense" else COMPRESSED[product.itemsize])
         result.add(
             **row,
             us=t.median * 1e6,
@@ -163,12 +174,12 @@ def measure_product(
             ceiling=None if how == "dense" else ceiling,
             gain=None if speedup is None else reached(speedup, ceiling),
             error=errors[how],
-            weight_MB=weight_bytes / 1e6,
+            weight_MB=weight_bytes[how] / 1e6,
         )
 
 
 def measure_model(result: Result, name: str, batch: int, device: torch.device, rounds: int, budget: Budget) -> None:
-    """A whole model in fp16 (fp32 on a CPU): dense and 2:4, eager, compiled, and compiled with CUDA graphs."""
+    """A whole model in fp16 (fp32 on a CPU): dense and 2:4, eager, compiled, and compiled under CUDA graphs."""
     setup = models.workload(name)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     head = {"model": name, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
@@ -184,7 +195,6 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
         reference = base(inputs[0]).double()
     tokens = inputs[0].numel() if inputs[0].dim() == 2 else batch * 196
 
-    modes = COMPILE_MODES if device.type == "cuda" else {k: COMPILE_MODES[k] for k in ("eager", "compiled")}
     calls: dict[tuple[str, str], Call] = {}
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for how in ("dense", *SPARSE):
@@ -197,17 +207,21 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
             except SparsityError as error:
                 rows[how, "eager"] = {"not_run": first_line(error)}
                 continue
-        for launch, mode in modes.items():
-            if how != "dense" and launch == "compiled" and device.type == "cuda":
-                continue  # compiling takes minutes, and with CUDA graphs it is only faster
+        models.compile_layers(model)
+        compiled = model_call(model, inputs)
+        launches: dict[str, Callable[[], Call]] = {"eager": lambda call=compiled: _eagerly(call)}  # type: ignore[misc]
+        launches["compiled"] = lambda call=compiled: call  # type: ignore[misc]
+        if device.type == "cuda":
+            launches["compiled, graph"] = lambda call=compiled: CudaGraph(call, len(inputs))  # type: ignore[misc]
+        for launch, make in launches.items():
             if budget.spent:
                 rows[how, launch] = {"not_run": "out of time"}
                 continue
             report.progress(name, how, launch)
-            runnable: Any = model if mode is None else torch.compile(model, mode=mode)
-            call = model_call(runnable, inputs)
             try:
-                deviation = relative_error(call(0), reference)
+                call = make()
+                result_here = (compiled if isinstance(call, CudaGraph) else call)(0)
+                deviation = relative_error(result_here, reference)
             except Exception as failure:  # whatever a compiler raises: a result too
                 rows[how, launch] = {"not_run": first_line(failure)}
                 continue
@@ -231,7 +245,19 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
 def run_products(
     result: Result, device: torch.device, quick: bool, dtypes: Sequence[str], rounds: int, budget: Budget
 ) -> None:
-    """The sweep over layer shapes, tokens and dtypes; the common cases first, in case time runs out."""
+    """The whole models' products, then the sweep; the common cases first, in case time runs out."""
+    if device.type == "cpu":
+        result.add(layer="every layer", how="2:4", not_run="needs an NVIDIA GPU; below: the dense product on this CPU")
+    cases = list(_products(device, quick, dtypes))
+    for done, (layer, dtype, product) in enumerate(cases):
+        if budget.spent:
+            result.add(layer=f"{len(cases) - done} more products", not_run="out of time")
+            return
+        measure_product(result, layer, product, dtype, device, rounds)
+
+
+def _products(device: torch.device, quick: bool, dtypes: Sequence[str]) -> Iterator[tuple[str, str, Product]]:
+    """(layer, dtype, product)."""
     shapes = [
         (f"{model} {layer}", shape) for model, layers in models.LINEAR_SHAPES.items() for layer, shape in layers.items()
     ]
@@ -239,18 +265,24 @@ def run_products(
     if quick:
         shapes, tokens = [("smallest", (256, 64)), ("small", (128, 256))], (1, 32)
     if device.type == "cpu":
-        shapes, tokens = shapes[:2], tokens[:2]
-        result.add(layer="every layer", how="2:4", not_run="needs an NVIDIA GPU; below: the dense product on this CPU")
+        shapes, tokens = shapes[:2], (1, 16)
     first = ("llama-7b", "bert-large", "vit-l")
     shapes.sort(key=lambda item: not item[0].startswith(first))
-    tokens = sorted(tokens, key=lambda count: count not in (4096, 1024))
-    cases = list(itertools.product(dtypes, tokens, shapes))
-    for done, (dtype, count, (layer, (rows, columns))) in enumerate(cases):
-        if budget.spent:
-            result.add(layer=f"{len(cases) - done} more products", not_run="out of time")
-            return
-        product = Product(count, rows, columns, DTYPES[dtype].itemsize)
-        measure_product(result, layer, product, dtype, device, rounds)
+    sweep = [
+        (layer, dtype, Product(count, rows, columns, DTYPES[dtype].itemsize))
+        for count in tokens
+        for dtype in dtypes
+        for layer, (rows, columns) in shapes
+    ]
+    most_wanted = 2 * len(dtypes) * len(shapes)  # 4096 and 1024 tokens
+    yield from sweep[:most_wanted]
+    if device.type == "cuda" and not quick and "fp16" in dtypes:
+        known = devices.present() or devices.find("h100")
+        for name, batch in MODELS:
+            for layer, alike in plan.for_workload(name, batch, known).alike().items():
+                if not alike[0].obstacle:
+                    yield f"{name} {layer.removesuffix('.weight')}", "fp16", alike[0].product
+    yield from sweep[most_wanted:]
 
 
 def run_models(result: Result, device: torch.device, quick: bool, rounds: int, budget: Budget) -> None:
@@ -288,6 +320,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def _eagerly(call: Call) -> Call:
+    """`call` without what was compiled in it."""
+
+    def eager(i: int) -> object:
+        with torch.compiler.set_stance("force_eager"):
+            return call(i)
+
+    return eager
+
+
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else t.to(dtype)
 
@@ -321,15 +363,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=10, help="samples of each way (default 10)")
     args = parser.parse_args(argv)
-    if args.rounds < 1:
-        raise SparsityError("--rounds must be at least 1")
-    device, budget = report.choose_device(args.device), Budget(args.minutes)
+    device, budget = report.set_up(args), Budget(args.minutes)
     if args.only != "models":
         with report.saved("products", device, args.out) as result:
             run_products(result, device, args.quick, args.dtype or default_dtypes(device), args.rounds, budget)
     if args.only != "products":
         with report.saved("models", device, args.out) as result:
             run_models(result, device, args.quick, args.rounds, budget)
+    if (known := devices.present()) is not None and device.type == "cuda":
+        found = plan.measured(known, "fp16", (args.out,))
+        for name, batch in MODELS:
+            print(f"\n{name}, batch {batch}, fp16, on {known.name}")
+            print(plan.for_workload(name, batch, known).table(found))
 
 
 if __name__ == "__main__":

@@ -129,6 +129,12 @@ def _resnet18_cifar() -> nn.Module:
     return cast(nn.Module, model)
 
 
+def compile_layers(model: nn.Module) -> None:
+    """Compile `model` in place: a Transformer layer by layer, since layers that are alike are compiled once."""
+    for module in [m for m in model.modules() if isinstance(m, Block)] or [model]:
+        module.compile()
+
+
 @dataclass(frozen=True)
 class Workload:
     """A model, the shape of one example (an image, or one of text with `vocabulary`), and what stays dense in it."""

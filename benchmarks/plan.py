@@ -1,7 +1,8 @@
 """Whether 2:4 will pay, before any training: `python -m nm_sparsity.benchmarks.plan resnet50 --device h100`.
 
 For every layer: can torch run it 2:4 and if not why, the most the hardware could gain by the roofline, and the verdict;
-then the most that the whole model can gain. Elementwise work and launches are left out, so reality is below.
+then the most that the whole model can gain. Elementwise work and launches are left out, so reality is below. Where
+`nm_sparsity.benchmarks.inference` has measured a layer's product on that device, the measurement stands beside it.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import nn
 
 from nm_sparsity.benchmarks import devices, models
 from nm_sparsity.benchmarks.devices import DTYPES, Device, Product
+from nm_sparsity.benchmarks.report import COMMITTED, DEFAULT_FOLDER, Result
 from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
 from nm_sparsity.core.errors import command_line
 from nm_sparsity.core.export import PATTERN, obstacle
@@ -27,6 +30,10 @@ from nm_sparsity.core.table import format_table
 
 WORTH = 1.05
 """A ceiling below this does not pay: measured gains stay well below their ceilings."""
+
+
+Shape = tuple[int, int, int]
+"""(tokens, rows, columns) of a product."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +66,32 @@ class Plan:
     hardware_ceiling: float
     """Of the whole model, if every N:M layer had a kernel."""
 
-    def __str__(self) -> str:
-        headers = ["layers", "", "tokens", "weight", "bound", "of time", "ceiling", "verdict"]
-        alike: dict[tuple[str, Product, str], list[Layer]] = {}
+    def alike(self) -> dict[str, list[Layer]]:
+        """The layers by a name for all that have the same product, verdict and place: ``layers.*.out``."""
+        groups: dict[tuple[str, Product, str], list[Layer]] = {}
         for layer in self.layers:
             kind = re.sub(r"\d+", "*", layer.name)
-            alike.setdefault((kind, layer.product, layer.verdict), []).append(layer)
-        rows = [
-            (
-                _common_name([layer.name for layer in layers]).removesuffix(".weight"),
-                len(layers),
-                product.tokens,
-                f"{product.rows}x{product.columns}",
-                layers[0].bound,
-                f"{sum(layer.share for layer in layers):.1%}",
-                f"{layers[0].ceiling:.2f}x",
-                verdict,
-            )
-            for (_, product, verdict), layers in alike.items()
-        ]
+            groups.setdefault((kind, layer.product, layer.verdict), []).append(layer)
+        return {_common_name([layer.name for layer in group]): group for group in groups.values()}
+
+    def __str__(self) -> str:
+        return self.table({})
+
+    def table(self, measured: Mapping[Shape, float]) -> str:
+        """The layers, alike ones in one row, with the speed-ups of `measured` beside the ceilings; and the totals."""
+        headers = ["layers", "", "tokens", "weight", "bound", "of time", "ceiling", "verdict"]
+        rows: list[list[object]] = []
+        for name, layers in self.alike().items():
+            first = layers[0]
+            row = [name.removesuffix(".weight"), len(layers), first.product.tokens]
+            row += [f"{first.product.rows}x{first.product.columns}", first.bound]
+            row += [f"{sum(layer.share for layer in layers):.1%}", f"{first.ceiling:.2f}x", first.verdict]
+            if measured:
+                speedup = measured.get(_shape(first.product))
+                row.insert(-1, None if speedup is None else f"{speedup:.2f}x")
+            rows.append(row)
+        if measured:
+            headers.insert(-1, "measured")
         pays = sum(layer.verdict == "pays" for layer in self.layers)
         return (
             f"{format_table(headers, rows)}\n{pays} of {len(self.layers)} layers pay; the whole model gains at most "
@@ -140,6 +154,30 @@ def plan(
     return Plan(layers, ceiling(lambda layer: not layer.obstacle), ceiling(lambda layer: True))
 
 
+def measured(device: Device, dtype: str, folders: Iterable[str | Path]) -> dict[Shape, float]:
+    """The speed-ups over dense that `nm_sparsity.benchmarks.inference` measured on `device`, of the best 2:4 way.
+
+    Under CUDA graphs: those of the kernels alone. Later files count more than earlier ones.
+    """
+    found: dict[Shape, float] = {}
+    files = [path for folder in folders for path in Path(folder).glob("products_*.json")]
+    for path in sorted(files, key=lambda path: path.stem.rsplit("_", 1)[-1]):
+        result = Result.load(path)
+        if devices.recognise(result.device) == device:
+            best: dict[Shape, float] = {}
+            for row in result.rows:
+                if row.get("dtype") == dtype and row.get("launch") == "graph" and row.get("speedup"):
+                    rows, columns = map(int, row["weight"].split("x"))
+                    shape = (row["tokens"], rows, columns)
+                    best[shape] = max(best.get(shape, 0.0), row["speedup"])
+            found |= best
+    return found
+
+
+def _shape(product: Product) -> Shape:
+    return product.tokens, product.rows, product.columns
+
+
 def _common_name(names: Sequence[str]) -> str:
     """The names in one, with a star for each number in which they differ."""
     parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
@@ -181,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = devices.find(args.device)
     result = for_workload(args.model, args.batch, device, args.pattern, args.dtype)
     if not args.json:
-        print(f"{args.model}, {args.pattern}, batch {args.batch}, {args.dtype}, on {device.name}\n{result}")
+        print(f"{args.model}, {args.pattern}, batch {args.batch}, {args.dtype}, on {device.name}")
+        print(result.table(measured(device, args.dtype, (DEFAULT_FOLDER, COMMITTED))))
         return
     rows = [
         {"layer": layer.name, **vars(layer.product), "ceiling": layer.ceiling, "verdict": layer.verdict}

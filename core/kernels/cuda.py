@@ -11,8 +11,8 @@ from torch import Tensor
 from nm_sparsity.core.kernels import reference
 from nm_sparsity.core.kernels.layout import NAN_KEY, memory_layout, same_layout
 
-BLOCK = 2048
-"""Weights a program handles: 16 a thread."""
+BLOCK, LEAST_GROUPS = 2048, 128
+"""Weights a program handles, 16 a thread; at least one group a thread."""
 
 
 @cache
@@ -28,7 +28,7 @@ def _select(result: str, w: Tensor, out: Tensor, n: int, m: int, axis: int, scal
     from nm_sparsity.core.kernels import triton_kernel
 
     outer, inner = layout
-    groups, per_program = outer * inner, BLOCK // m
+    groups, per_program = outer * inner, max(BLOCK // m, LEAST_GROUPS)
     if groups:
         with torch.cuda.device_of(w):
             triton_kernel.select[(-(-groups // per_program),)](

@@ -1,8 +1,8 @@
 """The CUDA kernel in Triton, under the contract in `reference`. `cuda` imports it when it is needed.
 
 A program takes G groups as M columns, vectors with one entry of each group: strided groups are loaded like that,
-contiguous ones in one coalesced access that is split in registers. An entry's rank is the number of entries
-that beat it.
+contiguous ones in one coalesced access that is split (in registers up to M = 4). An entry's rank is the number of
+entries that beat it.
 """
 # Triton compiles these functions; Python's typing does not apply to them.
 # mypy: ignore-errors

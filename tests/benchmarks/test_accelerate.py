@@ -32,9 +32,13 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "my_models", sys.modules[__name__])
 
 
-def run(checkpoint: Path, model: str, arguments: str = "[32]", shape: str = "4,16") -> int:
+def build_text(width: int) -> nn.Module:
+    return nn.Sequential(nn.Embedding(50, 16), build(width))
+
+
+def run(checkpoint: Path, model: str, arguments: str = "[32]", shape: str = "4,16", *more: str) -> int:
     options = ["--model", model, "--args", arguments, "--input", shape, "--out", str(checkpoint.parent / "out")]
-    return accelerate.main([str(checkpoint), *options])
+    return accelerate.main([str(checkpoint), *options, *more])
 
 
 def test_every_step_reports(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +51,16 @@ def test_every_step_reports(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     assert (checkpoint.parent / "out" / "finalized.onnx").is_file()
 
 
+def test_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = build_text(32)
+    sparsify(model)
+    finalize(model)
+    save(tmp_path / "finalized.pt", {"state_dict": model.state_dict(), METADATA: describe(model)})
+    assert run(tmp_path / "finalized.pt", "my_models:build_text", "[32]", "4,7", "--vocabulary", "50") == 0
+    assert run(tmp_path / "finalized.pt", "my_models:build_text", "[32]", "4,7") == 1
+    assert "does not take an input of 4x7 (torch.float32)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "shape", "message"),
     [
@@ -54,6 +68,8 @@ def test_every_step_reports(checkpoint: Path, capsys: pytest.CaptureFixture[str]
         ("my_models:nothing", "[32]", "4,16", 'cannot build "my_models:nothing"'),
         ("nothing", "[]", "4,16", 'unknown model "nothing"'),
         ("my_models:build", "[32]", "4;16", "--input takes a shape"),
+        ("my_models:build", "[32]", "4,17", "the model does not take an input of 4x17"),
+        (":build", "[32]", "4,16", 'cannot build ":build"'),
         ("my_models:build", "[32", "4,16", "--args a JSON list"),
     ],
 )

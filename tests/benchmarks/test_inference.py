@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from nm_sparsity.benchmarks import devices, inference, models, timing
-from nm_sparsity.benchmarks.devices import Product
-from nm_sparsity.benchmarks.inference import DTYPES, SPARSE, Unavailable
+from nm_sparsity.benchmarks.devices import DTYPES, Product
+from nm_sparsity.benchmarks.inference import SPARSE, Unavailable
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import export
 
@@ -48,7 +48,7 @@ def test_every_way_fits_the_kernels_of_torch(monkeypatch: pytest.MonkeyPatch, dt
         w = torch.empty(512, 256, device="cuda", dtype=DTYPES[dtype])
         for how in ("dense", *SPARSE):
             try:
-                call = inference.dense([x], [w]) if how == "dense" else inference.sparse(how, [x], [w])
+                call, _ = inference.dense([x], [w]) if how == "dense" else inference.sparse(how, [x], [w])
             except Unavailable as reason:
                 outputs[how] = str(reason)
                 continue
@@ -56,8 +56,6 @@ def test_every_way_fits_the_kernels_of_torch(monkeypatch: pytest.MonkeyPatch, dt
             outputs[how] = f"{tuple(y.shape)} {y.dtype}"
     kind = {"int8": torch.int32, "fp8": torch.bfloat16}.get(dtype, DTYPES[dtype])
     expected = dict.fromkeys(outputs, f"({tokens}, 512) {kind}")
-    if dtype == "int8" and tokens <= 16:
-        expected["dense"] = "torch._int_mm needs more than 16 rows"
     if dtype == "fp8":
         expected["cutlass"] = "cutlass has no float8_e4m3fn"
     assert outputs == expected
@@ -98,6 +96,8 @@ def test_on_a_pretended_h100_rows_have_ceilings_and_graphs(monkeypatch: pytest.M
             row = rows[how, launch]
             assert row["us"] == pytest.approx(us)
             assert (row["speedup"], row["ceiling"], row["gain"]) == (1.0, 2.0, 0.0)
+            share = 9 / 16 if DTYPES[dtype].itemsize == 2 else 5 / 8
+            assert row["weight_MB"] == pytest.approx(share * rows["dense", launch]["weight_MB"])
     assert rows["dense", "graph"]["us"] == pytest.approx(10.0)
     assert len(rows) == 7
 
@@ -143,7 +143,6 @@ def test_a_product_has_a_row_for_every_way(emulated: list[dict[str, Any]]) -> No
         assert rows[how]["us"] > 0
     assert rows["dense"]["speedup"] is None
     assert rows["cusparselt"]["speedup"] > 0
-    assert rows["cusparselt"]["weight_MB"] == pytest.approx(0.5625 * rows["dense"]["weight_MB"])
     searched = [options for options in emulated if options["alg_id"] == 3]
     assert searched
     assert all((options["split_k"], options["split_k_mode"]) == (2, 1) for options in searched)
@@ -167,17 +166,51 @@ def test_a_model_has_a_row_for_every_way(emulated: list[dict[str, Any]], monkeyp
     setup = models.Workload(lambda: models.TextEncoder(1, 64, 2, 128, 32), (6,), 32)
     monkeypatch.setattr(models, "WORKLOADS", {"tiny": setup})
     monkeypatch.setattr(export, "_fastest_algorithm", lambda weight, bias, tokens: 3)
+    monkeypatch.setattr(export, "_check_dtypes", lambda model, backend: None)
     monkeypatch.setattr(export, "obstacle", lambda module, *args: "" if isinstance(module, torch.nn.Linear) else "no")
-    monkeypatch.setattr(torch, "compile", lambda model, mode: model)
+    monkeypatch.setattr(models, "compile_layers", lambda model: None)
     result = Result("models", "cpu")
     inference.measure_model(result, "tiny", 2, CPU, 2, timing.Budget())
     rows = {(row["how"], row["launch"]): row for row in result.rows}
-    assert len(rows) == 7
+    assert set(rows) == {
+        *((how, launch) for how in ("dense", *inference.SPARSE[1:]) for launch in ("eager", "compiled")),
+        ("cutlass", "eager"),
+    }
     assert rows["cutlass", "eager"]["not_run"] == "cutlass is not available: no CUTLASS in this test"
     for key in (("cusparselt", "eager"), ("cusparselt, searched", "compiled")):
         assert rows[key]["sparse_layers"] == 5
         assert rows[key]["error"] < 1e-5
         assert rows[key]["speedup"] > 0
+
+
+def test_layers_that_are_alike_are_compiled_once() -> None:
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = models.TextEncoder(3, 16, 2, 32, 12)
+    tokens = torch.randint(12, (2, 4))
+    call = inference.model_call(model, [tokens])
+    expected = call(0)
+    with pytest.MonkeyPatch.context() as patch:
+        real = torch.compile
+        patch.setattr(torch, "compile", lambda target, **options: real(target, backend=backend))
+        models.compile_layers(model)
+    assert torch.equal(inference._eagerly(call)(0), expected)
+    assert not compiled
+    assert torch.equal(call(0), expected)
+    assert len(compiled) == 1
+
+
+def test_the_products_of_whole_models_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "present", lambda: devices.find("h100"))
+    cases = list(inference._products(torch.device("cuda"), False, ["fp16", "fp8"]))
+    assert cases[0] == ("bert-large attention", "fp16", Product(4096, 1024, 1024))
+    assert ("vit-l layers.*.feed_forward.0", "fp16", Product(64 * 196, 4096, 1024)) in cases
+    assert {dtype for _, dtype, product in cases[:72] if product.tokens in (4096, 1024)} == {"fp16", "fp8"}
 
 
 def test_when_the_time_is_over_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:

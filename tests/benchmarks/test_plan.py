@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from nm_sparsity.benchmarks import devices, plan
+from nm_sparsity.benchmarks.report import Result
 
 H100 = devices.find("h100")
 
@@ -82,6 +84,30 @@ def test_why_not(options: dict[str, str], device: str, reason: str) -> None:
     result = plan.plan(model, torch.randn(8, 256), devices.find(device), **options)  # type: ignore[arg-type]
     assert result.layers[0].verdict == f"no: {reason}"
     assert result.ceiling == 1.0  # the second layer is too narrow for cuSPARSELt
+
+
+def test_what_was_measured_stands_beside_what_was_predicted(tmp_path: Path) -> None:
+    rows = [
+        {"tokens": 8, "weight": "256x128", "dtype": "fp16", "launch": launch, "how": how, "speedup": speedup}
+        for launch, how, speedup in (
+            ("eager", "cusparselt", 9.0),
+            ("graph", "dense", None),
+            ("graph", "cusparselt", 1.25),
+            ("graph", "cusparselt, searched", 1.5),
+        )
+    ]
+    for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
+        Result("products", name, rows if "H100" in name else []).save(tmp_path)
+    found = plan.measured(H100, "fp16", [tmp_path])
+    assert found == {(8, 256, 128): 1.5}
+    assert plan.measured(H100, "int8", [tmp_path]) == {}
+    assert plan.measured(devices.find("a100"), "fp16", [tmp_path]) == {}
+    model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 64))
+    lines = of(model, torch.randn(8, 128)).table(found).splitlines()
+    assert lines[0].split()[-2:] == ["measured", "verdict"]
+    assert " 1.50x " in lines[2]
+    assert " - " in lines[3]
+    assert "measured" not in str(of(model, torch.randn(8, 128)))
 
 
 def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 from nm_sparsity.core.kernels import triton_kernel
+from nm_sparsity.core.kernels.cuda import BLOCK, LEAST_GROUPS
 
 TYPES = {"*fp32": 0x7F800001, "*bf16": 0x7F81, "*fp16": 0x7C01}
 
@@ -16,7 +17,7 @@ def ptx(target: int, w: str, m: int, result: str, contiguous: bool, pointer: boo
     constants = {
         "N": m // 2,
         "M": m,
-        "G": 2048 // m,
+        "G": max(BLOCK // m, LEAST_GROUPS),
         "NAN_KEY": TYPES[w],
         "RESULT": getattr(triton_kernel, result).value,
         "CONTIGUOUS": contiguous,
@@ -49,6 +50,9 @@ if __name__ == "__main__":
         ptx(target, "*fp32", 4, "MASK", contiguous=True)
         ptx(target, "*fp32", 4, "KEEP", contiguous=False)
         ptx(target, "*bf16", 16, "KEEP", contiguous=True)
+        ptx(target, "*fp16", 4, "MASK", contiguous=False)
+        ptx(target, "*fp32", 32, "ADD_DROPPED", contiguous=False)
         ptx(target, "*fp32", 4, "ADD_DROPPED", contiguous=True)
         ptx(target, "*bf16", 4, "ADD_DROPPED", contiguous=False, pointer=True)
+    ptx(90, "*fp32", 32, "KEEP", contiguous=True)  # seconds each
     print("compiled for sm_80 and sm_90")

@@ -250,6 +250,25 @@ def test_without_the_compiled_kernel_it_says_so_once(monkeypatch: pytest.MonkeyP
         cpu.library.cache_clear()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_the_compiled_kernel_takes_as_many_threads_as_torch_does() -> None:
+    if cpu.library() is None:
+        pytest.skip("the compiled kernel is not installed")
+    script = """
+import os, torch
+from nm_sparsity.core import kernels
+w = torch.ones(512, 512)
+for threads in (2, 5):
+    torch.set_num_threads(threads)
+    before = len(os.listdir("/proc/self/task"))
+    kernels.keep_largest(w, 2, 4, 1)
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert result.stdout.split()[1:] == ["3"], result.stderr  # of the first 2, torch may have started one
+
+
 def test_compiled_kernels_are_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only right because they fall back: what they promise to cover never reaches the reference."""
 

@@ -225,7 +225,7 @@ def _write_report(
     places = [json.loads(path.read_text(encoding="utf-8")) for path in study.folder.glob("*/environment.json")]
 
     def where(key: str) -> str:
-        return ", ".join(sorted({str(place[key] or "none") for place in places}))
+        return ", ".join(sorted({str(place.get(key) or "none") for place in places}))
 
     groups = sum(check.groups for check in checked.checked)
     per_seed = [(row.pattern or "-", row.method, *(run["test/top1"] for run in row.runs)) for row in rows]

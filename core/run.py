@@ -18,7 +18,12 @@ import torch
 
 from nm_sparsity.core.errors import SparsityError
 
-_PACKAGES = ("nm-sparsity", "torchvision", "triton", "numpy")
+_PACKAGES = (
+    *("nm-sparsity", "torchvision", "triton", "numpy"),
+    *("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "mmengine", "mmcv", "mmcv-lite", "mmdet", "pycocotools"),
+    *("ve-fairseq", "sentencepiece", "sacrebleu"),
+)
+"""Those that are installed are recorded."""
 
 
 def environment(seed: int | None = None) -> dict[str, Any]:
@@ -29,7 +34,7 @@ def environment(seed: int | None = None) -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: found for name in _PACKAGES if (found := _version(name))},
         "cuda": torch.version.cuda,
         "os": platform.platform(),
         "cpu": _cpu_name(),

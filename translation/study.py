@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.run import environment
 from nm_sparsity.core.table import format_table
 from nm_sparsity.translation import recipes
 from nm_sparsity.translation.evaluate import EVALUATION
 from nm_sparsity.translation.prepare import prepare_corpus
-from nm_sparsity.translation.train import run_environment
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -194,7 +194,7 @@ def write_report(study: Study) -> None:
     if not rows:
         return
     recipe = recipes.get(study.recipe)
-    where = run_environment()
+    where = environment()
     versions = ", ".join(
         f"{name} {where[name]}" for name in ("python", "torch", "ve-fairseq", "sentencepiece", "commit")
     )

@@ -12,8 +12,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from typing import Any
 
 import torch
 import tyro
@@ -28,11 +26,6 @@ from nm_sparsity.translation.recipes import RECIPES, Config, get
 
 PROGRAM = "python -m nm_sparsity.translation.train"
 CONFIG = "config.json"
-
-
-def run_environment(seed: int | None = None) -> dict[str, Any]:
-    """The core's `environment`, with the versions of what this task stands on."""
-    return {**environment(seed), **{name: version(name) for name in ("ve-fairseq", "sentencepiece", "sacrebleu")}}
 
 
 def from_command_line(arguments: Sequence[str]) -> tuple[Config, list[str]]:
@@ -79,7 +72,7 @@ def train(config: Config, more: Sequence[str] = ()) -> None:
     config.run.mkdir(parents=True, exist_ok=True)
     description = {"config": config, "fairseq": list(more), "corpus": prepared}
     write_json(config.run / CONFIG, {name: _plain(value) for name, value in description.items()})
-    write_json(config.run / "environment.json", run_environment(config.seed))
+    write_json(config.run / "environment.json", environment(config.seed))
     print(shlex.join(["fairseq-train", *arguments]), flush=True)
     # As fairseq-train does it, unless something else was imported first.
     logging.basicConfig(

@@ -58,7 +58,7 @@ class Study:
 
 STUDIES = {
     "fashion": Study("tiny_mask_rcnn", lambda out: prepare.fashion(out, train=1600, val=200, size=128), 6),
-    "trees": Study("tiny_faster_rcnn", prepare.trees, 72),
+    "trees": Study("tiny_faster_rcnn", prepare.trees, 30),
 }
 
 

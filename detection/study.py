@@ -78,7 +78,8 @@ def _one(experiment: Experiment, folder: Path) -> Experiment:
     if not (out / "evaluation.json").exists():
         start = (f"load_from={_last_checkpoint(folder / experiment.start)}",) if experiment.start else ()
         resume = ("--resume",) if (out / "last_checkpoint").exists() else ()
-        _python("train", *experiment.arguments, *start, "--out", str(out), *resume, log=out / "train.log")
+        config, *options = experiment.arguments
+        _python("train", config, *start, *options, "--out", str(out), *resume, log=out / "train.log")
         _python("evaluate", str(out), log=out / "evaluate.log")
     return experiment
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nm_sparsity.core import SparsityError
-from nm_sparsity.detection import demo, evaluate, study
+from nm_sparsity.detection import demo, evaluate, study, train
 
 
 def test_demo_trains_evaluates_and_goes_on(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -35,6 +35,21 @@ def test_the_plan_is_every_method_at_every_pattern() -> None:
     assert len({experiment.name for experiment in plan}) == len(plan) == 2 * 7
     assert [e.name for e in plan if e.start == "dense_1"] == ["asp_2to4_1", "asp_2to8_1"]
     assert study.CHOICE_SEED not in (0, 1)
+
+
+def test_asp_starts_from_the_dense_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[tuple[str, ...]] = []
+    monkeypatch.setattr(study, "_python", lambda module, *arguments, log: commands.append(arguments))
+    (tmp_path / "dense_0").mkdir()
+    (tmp_path / "dense_0" / "last_checkpoint").write_text("/elsewhere/epoch_6.pth")
+    asp = study.plan(study.STUDIES["fashion"], data, seeds=(0,), decay=0.1)[-1]
+    list(study.execute([asp], tmp_path, processes=1))
+    assert train.main([*commands[0], "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert f"load_from = '{tmp_path / 'dense_0' / 'epoch_6.pth'}'" in printed
+    assert "method='asp'" in printed
 
 
 def test_results_are_means_and_deviations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

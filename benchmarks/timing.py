@@ -141,7 +141,9 @@ def peak_memory(call: Call, device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         call(0)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    profile: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    profile: Any = torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    )
     with profile:
         call(0)
     events = profile.profiler.kineto_results.events()

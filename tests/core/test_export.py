@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,34 @@ from nm_sparsity.core import SparsityError, VerificationError, export, finalize,
 from nm_sparsity.core.export import SemiStructuredConv2d, SemiStructuredLinear, to_onnx, to_semi_structured
 
 
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def by_sizes(x: Tensor) -> Tensor:
+    """As cuSPARSELt reads its input, whatever the strides say."""
+    return torch.as_strided(x, x.shape, (x.shape[1], 1))
+
+
+def product(read: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """What `Cutlass._mm` computes of an input that is read by `read`."""
+
+    def mm(self: Any, dense: Tensor, *, bias: Tensor | None = None, should_transpose_dense: bool = False) -> Tensor:
+        weight = sparse_semi_structured_to_dense_cutlass(self.packed, self.meta)
+        x = dense if should_transpose_dense else dense.t()  # newer and older versions of torch
+        out = read(x).float() @ weight.t().float()
+        out = (out if bias is None else out + bias.float()).to(dense.dtype)
+        return out if should_transpose_dense else out.t()
+
+    return mm
+
+
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that seems to have CUTLASS. Compression and dispatch are torch's own; the product decompresses."""
-
-    def mm(self: Any, dense: Tensor, *, bias: Tensor | None = None, should_transpose_dense: bool = False) -> Tensor:
-        assert should_transpose_dense
-        weight = sparse_semi_structured_to_dense_cutlass(self.packed, self.meta)
-        out = dense.float() @ weight.t().float()
-        return (out if bias is None else out + bias.float()).to(dense.dtype)
-
     monkeypatch.setattr(export, "unavailable", lambda backend, device: "" if backend == "cutlass" else "not emulated")
     monkeypatch.setattr(Cutlass, "_validate_device_dim_dtype_shape", classmethod(lambda cls, w: None))
-    monkeypatch.setattr(Cutlass, "_mm", mm)
+    monkeypatch.setattr(Cutlass, "_mm", product(as_it_is))
 
 
 def finalized(model: nn.Module, **options: Any) -> nn.Module:
@@ -93,18 +109,10 @@ def test_linear_takes_any_leading_shape_and_strides(emulated: None, shape: tuple
     ids=["class token", "half of the features", "transposed"],
 )
 def test_the_product_gets_its_rows_without_gaps(monkeypatch: pytest.MonkeyPatch, emulated: None, make: Any) -> None:
-    """cuSPARSELt reads the input by its sizes, whatever its strides say: so must the emulation."""
-    real = Cutlass._mm
-
-    def by_sizes(self: Any, dense: Tensor, **options: Any) -> Tensor:
-        assert dense.untyped_storage().nbytes() >= dense.nbytes
-        packed = torch.as_strided(dense, dense.shape, (dense.shape[1], 1))
-        return real(self, packed, **options)
-
     model = finalized(nn.Sequential(nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), make().half()
     to_semi_structured(model)
-    monkeypatch.setattr(Cutlass, "_mm", by_sizes)
+    monkeypatch.setattr(Cutlass, "_mm", product(by_sizes))
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
         images = torch.randn(2, 128, 2, 2).half().to(memory_format=torch.channels_last)[:, :64]

@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def test_a_run_folder_says_what_where_and_what_came_out(tmp_path: Path) -> None:
     assert (environment["torch"], environment["seed"]) == (torch.__version__, 7)
     assert {"commit", "python", "cpu", "cpu_cores", "gpu", "command", "time"} <= set(environment)
     assert read_metrics(tmp_path / "run") == [{"step": 1, "loss": 0.5, "phase": "warm-up"}, {"step": 2, "loss": 0.25}]
-    assert list((tmp_path / "run").glob("events.out.tfevents*"))
+    if find_spec("tensorboard"):
+        assert list((tmp_path / "run").glob("events.out.tfevents*"))
     with Run(tmp_path / "run", None, resume=True) as run:
         run.log(3, {"loss": 0.1})
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]

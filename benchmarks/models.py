@@ -131,7 +131,8 @@ def _resnet18_cifar() -> nn.Module:
 
 def compile_layers(model: nn.Module) -> None:
     """Compile `model` in place: a Transformer layer by layer, since layers that are alike are compiled once."""
-    for module in [m for m in model.modules() if isinstance(m, Block)] or [model]:
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)]
+    for module in blocks or [model]:
         module.compile()
 
 

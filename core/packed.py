@@ -142,7 +142,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     described += [[name, str(t.dtype), list(t.shape)] for name, t in sorted(tensors.items())]  # type: ignore[misc]
     digest = hashlib.sha256(json.dumps(described).encode())
     for _, t in sorted(tensors.items()):
-        digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(t.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -67,6 +67,18 @@ class Prepared:
             ) from None
 
 
+def make_folder(folder: Path) -> None:
+    """Make `folder` and those above it, if they are not there.
+
+    Raises:
+        SparsityError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SparsityError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from None
+
+
 def normalize(text: str) -> str:
     """`text` in NFC, without control and soft-hyphen characters, on one line with single spaces."""
     text = unicodedata.normalize("NFC", text)

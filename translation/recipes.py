@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,6 +15,9 @@ from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.options import as_options
 
 Option = str | int | float | bool
+
+CONFIG = "config.json"
+"""What `train` writes into a run folder: the config, and what came after it on the command line."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,39 @@ class Config:
             if value is not False:
                 words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         return words
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tree as JSON types."""
+        tree: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        return tree
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """The config in a run folder, as `Config.to_dict` gave it; empty if there is none.
+
+    Raises:
+        SparsityError: if it is damaged.
+    """
+    path = run / CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text())["config"]
+        return {**tree, "sparsity": dict(tree["sparsity"])}
+    except (ValueError, KeyError, TypeError):
+        raise SparsityError(f"{path} is not the config of a run of ours: remove it, or choose another run") from None
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What makes one run another than one that could be resumed, as ``name: there -> here``.
+
+    How long to train and how to decode may change.
+    """
+    trees = [
+        {**{name: tree.get(name) for name in ("data", "seed", "init_from")}, **tree["sparsity"]}
+        for tree in (there, here)
+    ]
+    return [f"{name}: {trees[0].get(name)} -> {value}" for name, value in trees[1].items() if trees[0].get(name) != value]
 
 
 RECIPES: dict[str, Callable[[], Config]] = {}
@@ -138,7 +175,6 @@ def transformer_base_wmt14_2by4() -> Config:
             "update-freq": 8,
             "keep-last-epochs": 5,
             "log-interval": 100,
-            "seed": 1,
         },
     )
 
@@ -202,6 +238,7 @@ def tiny_pydoc_topics() -> Config:
             **options,
             "task": "nm_language_modeling",
             "arch": "transformer_lm",
+            **{f"decoder-{end}-dim": options["decoder-embed-dim"] for end in ("input", "output")},
             "share-decoder-input-output-embed": True,
             "tokens-per-sample": 128,
             "max-update": 600,

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 import tyro
@@ -21,11 +21,10 @@ from nm_sparsity.core import SparsityError
 from nm_sparsity.core.errors import command_line
 from nm_sparsity.core.run import environment, write_json
 from nm_sparsity.core.table import format_table
-from nm_sparsity.translation.prepare import Prepared
-from nm_sparsity.translation.recipes import RECIPES, Config, get
+from nm_sparsity.translation.prepare import Prepared, make_folder
+from nm_sparsity.translation.recipes import CONFIG, RECIPES, Config, difference, get, recorded
 
 PROGRAM = "python -m nm_sparsity.translation.train"
-CONFIG = "config.json"
 
 
 def from_command_line(arguments: Sequence[str]) -> tuple[Config, list[str]]:
@@ -59,7 +58,7 @@ def train(config: Config, more: Sequence[str] = ()) -> None:
     """Run fairseq's trainer in this process, with the arguments `more` after those of `config`.
 
     Raises:
-        SparsityError: if the data is not prepared, or what ASP starts from is missing.
+        SparsityError: if the data is not prepared, what ASP starts from is missing, or the folder holds another run.
         SystemExit: with status 143 after SIGTERM, once the checkpoint is written.
     """
     prepared = Prepared.read(config.data)
@@ -69,9 +68,9 @@ def train(config: Config, more: Sequence[str] = ()) -> None:
     if config.sparsity.method == "asp" and start is None:
         raise SparsityError("ASP prunes a trained dense model: name its run with --init-from")
     arguments = [*config.arguments(), *more]
-    config.run.mkdir(parents=True, exist_ok=True)
-    description = {"config": config, "fairseq": list(more), "corpus": prepared}
-    write_json(config.run / CONFIG, {name: _plain(value) for name, value in description.items()})
+    _check_folder(config)
+    make_folder(config.run)
+    write_json(config.run / CONFIG, {"config": config.to_dict(), "fairseq": list(more), "corpus": asdict(prepared)})
     write_json(config.run / "environment.json", environment(config.seed))
     print(shlex.join(["fairseq-train", *arguments]), flush=True)
     # As fairseq-train does it, unless something else was imported first.
@@ -82,8 +81,11 @@ def train(config: Config, more: Sequence[str] = ()) -> None:
     fairseq_train.cli_main()
 
 
-def _plain(value: object) -> object:
-    return vars(value) if hasattr(value, "__dataclass_fields__") else value
+def _check_folder(config: Config) -> None:
+    """fairseq resumes whatever is in the folder, and would mix two runs into one."""
+    there = recorded(config.run)
+    if there and (config.run / "checkpoint_last.pt").is_file() and (changed := difference(there, config.to_dict())):
+        raise SparsityError(f"{config.run} holds another run ({'; '.join(changed)}): choose another folder with --run")
 
 
 @command_line

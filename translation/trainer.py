@@ -23,7 +23,7 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
 from nm_sparsity.core import CheckpointError
-from nm_sparsity.core.checkpoint import METADATA, find_parts, load, restore, save, split
+from nm_sparsity.core.checkpoint import METADATA, describe, find_parts, load, restore, save, split
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def load_checkpoint(
     """`Trainer.load_checkpoint`: also brings back the dense shadow weights and the method's memory, bit for bit.
 
     Raises:
-        CheckpointError: for a damaged file, or one of another architecture, pattern or dictionary.
+        CheckpointError: for a damaged file, or one of another architecture, pattern, method or dictionary.
     """
     if not hasattr(self.task, "nm_config"):
         return _stock_load(self, filename, reset_optimizer, *args, **kwargs)
@@ -95,12 +95,27 @@ def load_checkpoint(
         _restore_shadow(self.get_model(), metadata)
         if self.cfg.ema.store_ema:
             _restore_shadow(self.ema.get_model(), ema)
+    if 0 < self.cfg.optimization.max_update <= self.get_num_updates():
+        logger.info("training ended after %d updates: nothing left to do", self.get_num_updates())
+        # fairseq looks at --max-update only after one more update, but at this before it.
+        self.cfg.optimization.max_epoch = -1
     return extra
 
 
 def _restore_shadow(model: torch.nn.Module, metadata: Mapping[str, Any] | None) -> None:
     if metadata is not None:
+        there, here = _method(metadata), _method(describe(model))
+        if there != here:
+            raise CheckpointError(
+                f"the checkpoint is of a run with {there}, not {here}: choose another --save-dir (and start from its "
+                "weights with --finetune-from-model, if you like)"
+            )
         restore(model, model.state_dict(), metadata)
+
+
+def _method(description: Mapping[str, Any]) -> str:
+    values = (f"{name} {value}" for name, value in description["hyperparameters"].items())
+    return " and ".join((description["method"], *values))
 
 
 def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,22 +1,23 @@
 """N:M sparse training as an MMDetection plug-in: ``custom_imports = dict(imports=["nm_sparsity.detection"])``.
 
 Importing it registers `NMSparseHook` and, where mmcv has no compiled operators, puts torchvision's in their place.
+
+Raises:
+    ImportError: naming the packages of the ``detection`` extra that are missing, and the install line.
 """
 
 from importlib.util import find_spec
-from typing import Any
 
-INSTALL = "MMCV_WITH_OPS=0 pip install 'nm-sparsity[detection]'"
-INSTALLED = all(find_spec(name) is not None for name in ("mmengine", "mmcv", "mmdet"))
+_NEEDED = ("matplotlib", "mmcv", "mmdet", "mmengine", "pycocotools", "sklearn", "torchvision", "tqdm", "tyro")
 
-if INSTALLED:
-    from nm_sparsity.detection import ops
+if _missing := [name for name in _NEEDED if find_spec(name) is None]:
+    # With the package's name, `python -m nm_sparsity.detection...` prints one line and no traceback.
+    raise ImportError(
+        f"{', '.join(_missing)} not installed; run: MMCV_WITH_OPS=0 pip install 'nm-sparsity[detection]'", name=__name__
+    )
 
-    ops.install()
-    from nm_sparsity.detection.hooks import NMSparseHook as NMSparseHook
-else:
+from nm_sparsity.detection import ops
 
-    def __getattr__(name: str) -> Any:
-        if name == "NMSparseHook":
-            raise ImportError(f"MMDetection is not installed; run: {INSTALL}")
-        raise AttributeError(name)
+ops.install()
+
+from nm_sparsity.detection.hooks import NMSparseHook as NMSparseHook

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from nm_sparsity import detection
 from nm_sparsity.core import SparsityConfig, SparsityError
 from nm_sparsity.detection import coco
 
@@ -28,10 +27,8 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
         overrides: ``key.of.entry=value``; values are YAML.
 
     Raises:
-        SparsityError: without MMDetection, for an unknown name, or a config of MMDetection 2.
+        SparsityError: for an unknown name, or a config of MMDetection 2.
     """
-    if not detection.INSTALLED:
-        raise SparsityError(f"MMDetection is not installed; run: {detection.INSTALL}")
     import mmdet  # noqa: F401  registers mmdet's scope
     from mmengine.config import Config
 

@@ -104,25 +104,6 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "holds no checkpoint yet" in capsys.readouterr().err
 
 
-def test_the_two_lines_of_the_readme_with_mmdetections_own_tools(
-    make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """tools/train.py on a config with the README's two lines gives a verified file that tools/test.py scores."""
-    config = make_config(method="dense")
-    config.custom_hooks, config.custom_imports = [], {"imports": []}
-    config.dump(tmp_path / "dense.py")
-    two_lines = re.search(r"```python\n((custom_imports|custom_hooks) = .*?)```", README.read_text(), re.DOTALL)
-    assert two_lines is not None
-    (tmp_path / "sparse.py").write_text(f'_base_ = "dense.py"\n{two_lines[1]}')
-    tools = Path(mmdet.__file__).parent / ".mim" / "tools"
-    monkeypatch.setattr(sys, "argv", ["train.py", str(tmp_path / "sparse.py"), "--work-dir", str(tmp_path / "run")])
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.warns(UserWarning, match="a short run needs a larger decay"):
-        runpy.run_path(str(tools / "train.py"), run_name="__main__")
-    checkpoint = tmp_path / "run" / "epoch_1.pth"
-    assert len(verify(checkpoint, "2:4").checked) == 31
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_two_ranks_train_one_model(data: Path, tmp_path: Path) -> None:
     """MMEngine's pytorch launcher, gloo: the ranks end with the same weights, and the file is 2:4."""
@@ -184,11 +165,6 @@ def test_train_names_a_corrupt_picture(tmp_path: Path, data: Path, capsys: pytes
         picture.write_bytes(b"not a JPEG")
     arguments = ("tiny_mask_rcnn", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"))
     assert re.search(r"failed to load image: .*/00000\d\.jpg", failure(capsys, *arguments))
-
-
-def test_a_missing_mmdetection_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("nm_sparsity.detection.INSTALLED", False)
-    assert "MMDetection is not installed; run: MMCV_WITH_OPS=0 pip install" in failure(capsys, "tiny_mask_rcnn")
 
 
 def test_configs_can_be_read_and_pointed_at_data(data: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,26 +46,27 @@ class Summary:
         )
 
 
-def check(annotations: Path, images: Path, decode: bool = False) -> Summary:
+def check(annotations: Path, images: Path, decode: bool = False, masks: bool = False) -> Summary:
     """Check a COCO annotation file and the image folder it belongs to.
 
     Args:
         annotations: the ``instances_*.json`` file.
         images: the folder of its ``file_name``s.
         decode: decode every image too, which finds damaged files and takes minutes on all of COCO.
+        masks: whether every annotation must have a mask.
 
     Raises:
-        DataError: one line for each problem: unreadable JSON, no annotations, missing or damaged images, wrong image
-            sizes, unknown image or category ids, repeated ids, boxes outside the image, broken masks.
+        DataError: one line for each problem: unreadable JSON, missing or malformed entries, nothing to learn from,
+            missing or damaged images, wrong image sizes, unknown image or category ids, repeated ids or names, boxes
+            outside the image, broken masks.
     """
     document = _read(annotations)
-    problems = [
+    # The other checks rely on entries of the right types.
+    problems = list(_malformed(document)) or [
         *_repeated(document),
-        *_annotation_problems(document),
+        *_annotation_problems(document, masks),
         *_image_problems(document, images, decode),
     ]
-    if not document["annotations"]:
-        problems.insert(0, "it has no annotations at all")
     if problems:
         more = [f"... and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise DataError("\n  ".join([f"{annotations}:", *problems[:SHOWN], *more]))
@@ -72,8 +74,8 @@ def check(annotations: Path, images: Path, decode: bool = False) -> Summary:
         images=len(document["images"]),
         annotations=len(document["annotations"]),
         categories=tuple(category["name"] for category in document["categories"]),
-        crowds=sum(bool(a.get("iscrowd")) for a in document["annotations"]),
-        skipped=sum(min(a["bbox"][2:]) < 1 for a in document["annotations"]),
+        crowds=sum(bool(a["iscrowd"]) for a in document["annotations"]),
+        skipped=sum(map(_is_skipped, document["annotations"])),
     )
 
 
@@ -82,64 +84,122 @@ def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
         document = json.loads(path.read_text())
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} is not JSON: {error}") from None
-    required = {"images": {"id", "file_name"}, "annotations": {"id", "image_id", "category_id", "bbox"}}
-    required["categories"] = {"id", "name"}
-    if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in required):
-        raise DataError(f"{path} is not a COCO file: it needs lists of images, annotations and categories")
-    for key, fields in required.items():
-        for index, entry in enumerate(document[key]):
-            if missing := fields - set(entry):
-                raise DataError(f"{path}: {key}[{index}] has no {', '.join(sorted(missing))}")
+    if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _FIELDS):
+        raise DataError(f"{path} is not a COCO file: it needs lists of {', '.join(_FIELDS)}")
     return document
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(map(_is_number, values))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str)
+
+
+def _is_box(value: Any) -> bool:
+    return _are_numbers(value) and len(value) == 4 and min(value[2:]) >= 0
+
+
+_ID, _SIZE = (_is_id, "a number or text"), (lambda value: _is_number(value) and value > 0, "a number above 0")
+_FIELDS: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {"id": _ID, "file_name": (_is_text, "text"), "width": _SIZE, "height": _SIZE},
+    "annotations": {
+        **{"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (_is_box, "[x, y, width, height]")},
+        **{"area": (_is_number, "a number"), "iscrowd": (lambda value: value in (0, 1), "0 or 1")},
+    },
+    "categories": {"id": _ID, "name": (_is_text, "text")},
+}
+"""What MMDetection and pycocotools read of each entry: a test of the value, and what it should be in words."""
+
+
+def _malformed(document: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    for key, fields in _FIELDS.items():
+        for index, entry in enumerate(document[key]):
+            if not isinstance(entry, dict):
+                yield f"{key}[{index}] is {entry!r}, expected an object with {', '.join(fields)}"
+                continue
+            if missing := [field for field in fields if field not in entry]:
+                yield f"{key}[{index}] has no {', '.join(missing)}"
+            for field, (is_valid, expected) in fields.items():
+                if field in entry and not is_valid(entry[field]):
+                    yield f"{key}[{index}] (id {entry.get('id')}): {field} is {entry[field]!r}, expected {expected}"
+
+
 def _repeated(document: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-    for key, entries in document.items():
-        if key in ("images", "annotations", "categories"):
-            for value, count in Counter(entry["id"] for entry in entries).items():
-                if count > 1:
-                    yield f"{key}: id {value} is used {count} times"
+    for key, field in (("images", "id"), ("annotations", "id"), ("categories", "id"), ("categories", "name")):
+        for value, count in Counter(entry[field] for entry in document[key]).items():
+            if count > 1:
+                yield f"{key}: {field} {value} is used {count} times"
 
 
-def _annotation_problems(document: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-    sizes = {image["id"]: (image.get("width"), image.get("height")) for image in document["images"]}
-    names = {image["id"]: image["file_name"] for image in document["images"]}
-    categories = {category["id"] for category in document["categories"]}
-    for annotation in document["annotations"]:
-        image = annotation["image_id"]
-        what = f"annotation {annotation['id']} ({names.get(image, f'image {image}')})"
-        if image not in sizes:
-            yield f"{what}: image id {image} is not among the images"
+def _is_skipped(annotation: Mapping[str, Any]) -> bool:
+    return annotation["area"] <= 0 or min(annotation["bbox"][2:]) < 1
+
+
+def _annotation_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], masks: bool) -> Iterator[str]:
+    annotations = document["annotations"]
+    if all(annotation["iscrowd"] or _is_skipped(annotation) for annotation in annotations):
+        what = "only crowd regions and boxes without area" if annotations else "no annotations at all"
+        yield f"it has {what}: there is nothing to learn from"
+    images = {image["id"]: image for image in document["images"]}
+    categories = {category["id"]: None for category in document["categories"]}
+    for annotation in annotations:
+        image = images.get(annotation["image_id"])
+        if image is None:
+            yield f"annotation {annotation['id']}: image id {annotation['image_id']} is not among the images"
             continue
+        what = f"annotation {annotation['id']} ({image['file_name']})"
         if annotation["category_id"] not in categories:
-            yield f"{what}: category id {annotation['category_id']} is unknown; known: {sorted(categories)}"
-        width, height = sizes[image]
-        if width is None or height is None:
-            yield f"image {names[image]} has no width and height"
-            continue
-        yield from (f"{what}: {problem}" for problem in _shape_problems(annotation, width, height))
+            yield f"{what}: category id {annotation['category_id']} is unknown; known: {list(categories)}"
+        width, height = image["width"], image["height"]
+        x, y, box_width, box_height = annotation["bbox"]
+        if min(x, y, width - x - box_width, height - y - box_height) < -ROUNDING:
+            yield f"{what}: box {annotation['bbox']} leaves its {width}x{height} image"
+        if problem := _mask_problem(annotation, width, height):
+            yield f"{what}: {problem}"
+        elif masks and not annotation.get("segmentation") and not _is_skipped(annotation):
+            yield f"{what} has no mask, which this config needs; train a detector of boxes, e.g. tiny_faster_rcnn"
 
 
-def _shape_problems(annotation: Mapping[str, Any], width: int, height: int) -> Iterator[str]:
-    box = annotation["bbox"]
-    if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
-        yield f"box {box} is not [x, y, width, height]"
-    elif min(box[0], box[1], width - box[0] - box[2], height - box[1] - box[3]) < -ROUNDING:
-        yield f"box {box} leaves its {width}x{height} image"
-    mask, crowd = annotation.get("segmentation"), annotation.get("iscrowd", 0)
-    if isinstance(mask, list):
-        if crowd and mask:
-            yield "a crowd region needs a run-length mask, not polygons"
-        for polygon in mask:
-            if len(polygon) < 6 or len(polygon) % 2:
-                yield f"a polygon of {len(polygon)} numbers; it needs at least 3 points, x and y each"
-    elif isinstance(mask, dict):
-        if list(mask.get("size", ())) != [height, width] or "counts" not in mask:
-            yield f"a run-length mask of size {mask.get('size')} in an image of height {height}, width {width}"
-    elif mask is not None:
-        yield f"a mask of type {type(mask).__name__}; expected polygons or run lengths"
+def _mask_problem(annotation: Mapping[str, Any], width: int, height: int) -> str | None:
+    mask = annotation.get("segmentation")
+    if isinstance(mask, dict):
+        if mask.get("size") != [height, width]:
+            return f"a run-length mask of size {mask.get('size')} in an image of height {height}, width {width}"
+        counts = mask.get("counts")
+        if _are_numbers(counts) and sum(counts) != height * width:  # pycocotools would not notice
+            return f"a run-length mask of {sum(counts)} pixels in an image of {height * width}"
+        try:
+            rle.decode(mask if isinstance(counts, str) else rle.frPyObjects(mask, height, width))
+        except (TypeError, ValueError, OverflowError):
+            return "a run-length mask whose counts cannot be decoded"
+        return None
+    if mask is not None and not isinstance(mask, list):
+        return f"a mask of type {type(mask).__name__}; expected polygons or run lengths"
+    if mask and annotation["iscrowd"]:
+        return "a crowd region needs a run-length mask, not polygons"
+    for polygon in mask or []:
+        if not _are_numbers(polygon):
+            return f"a polygon must be a list of numbers x, y, x, y, ...; found {str(polygon):.40}"
+        if len(polygon) < 6 or len(polygon) % 2:
+            return f"a polygon of {len(polygon)} numbers; it needs at least 3 points, x and y each"
+        xs, ys = polygon[::2], polygon[1::2]
+        if min(xs) >= width or min(ys) >= height or max(xs) <= 0 or max(ys) <= 0:
+            return f"a polygon outside its {width}x{height} image"
+    return None
 
 
 def _image_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, decode: bool) -> Iterator[str]:
@@ -158,7 +218,7 @@ def _image_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], folder:
                 image.load()
         except (OSError, SyntaxError) as error:
             return f"image {path} is damaged: {error}"
-        expected = (entry.get("width"), entry.get("height"))
+        expected = (entry["width"], entry["height"])
         return None if image.size == expected else f"image {path} is {image.size}, the file says {expected}"
 
     with ThreadPoolExecutor() as pool:

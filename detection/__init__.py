@@ -15,9 +15,8 @@ if _missing := [name for name in _NEEDED if find_spec(name) is None]:
     raise ImportError(
         f"{', '.join(_missing)} not installed; run: MMCV_WITH_OPS=0 pip install 'nm-sparsity[detection]'", name=__name__
     )
+else:
+    from nm_sparsity.detection import ops
 
-from nm_sparsity.detection import ops
-
-ops.install()
-
-from nm_sparsity.detection.hooks import NMSparseHook as NMSparseHook
+    ops.install()
+    from nm_sparsity.detection.hooks import NMSparseHook as NMSparseHook

@@ -117,8 +117,10 @@ _ID, _SIZE = (_is_id, "a number or text"), (lambda value: _is_number(value) and 
 _FIELDS: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {"id": _ID, "file_name": (_is_text, "text"), "width": _SIZE, "height": _SIZE},
     "annotations": {
-        **{"id": _ID, "image_id": _ID, "category_id": _ID, "bbox": (_is_box, "[x, y, width, height]")},
-        **{"area": (_is_number, "a number"), "iscrowd": (lambda value: value in (0, 1), "0 or 1")},
+        **dict.fromkeys(("id", "image_id", "category_id"), _ID),
+        "bbox": (_is_box, "[x, y, width, height]"),
+        "area": (_is_number, "a number"),
+        "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
     },
     "categories": {"id": _ID, "name": (_is_text, "text")},
 }
@@ -193,7 +195,7 @@ def _mask_problem(annotation: Mapping[str, Any], width: int, height: int) -> str
         return "a crowd region needs a run-length mask, not polygons"
     for polygon in mask or []:
         if not _are_numbers(polygon):
-            return f"a polygon must be a list of numbers x, y, x, y, ...; found {str(polygon):.40}"
+            return f"a polygon must be a list of numbers x, y, x, y, ...; found {polygon!s:.40}"
         if len(polygon) < 6 or len(polygon) % 2:
             return f"a polygon of {len(polygon)} numbers; it needs at least 3 points, x and y each"
         xs, ys = polygon[::2], polygon[1::2]

@@ -89,6 +89,7 @@ def trees(out: Path, size: int = 200) -> None:
         "val": ["2019_YELL_2_541000_4977000_image_crop"],
         "test": ["OSBS_029", "SOAP_061"],
     }
+    _require_folder(out)
     with tempfile.TemporaryDirectory() as temporary:
         folder = _deepforest(Path(temporary))
         for split, names in splits.items():
@@ -106,6 +107,7 @@ def prepare_voc(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) 
         val_share: share of the images for validation where ImageSets/Main does not say.
         seed: of that split.
     """
+    _require_folder(out)
     voc.convert(source, out, val_share, seed)
     for split in ("train", "val"):
         _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
@@ -114,6 +116,9 @@ def prepare_voc(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) 
 def _compose(
     items: dict[str, compose.Items], classes: Sequence[str], out: Path, train: int, val: int, size: int, seed: int
 ) -> None:
+    _require_folder(out)
+    if seed < 0:
+        raise coco.DataError(f"--seed {seed}: expected 0 or more")
     left, right = compose.photographs()
     smallest = min(min(picture.shape[:2]) for picture in [*left, *right])
     if not 32 <= size <= smallest:
@@ -122,6 +127,11 @@ def _compose(
         backgrounds, count = (left, train) if split == "train" else (right, val)
         compose.write_split(out, split, of_split, backgrounds, classes, count, size, seed)
         _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
+
+
+def _require_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise coco.DataError(f"--out {out} is a file, expected a folder")
 
 
 def _report(annotations: Path, images: Path, decode: bool) -> None:

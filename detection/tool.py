@@ -1,7 +1,7 @@
 """MMDetection's own scripts: ``python -m nm_sparsity.detection.tool {train,test,...} ARGUMENTS``.
 
-They import ``mmcv.ops`` before they read a config, too early for its ``custom_imports`` to put operators in the place of
-missing compiled ones. This package's import, which comes first here, is not too early.
+They import ``mmcv.ops`` before they read a config, whose ``custom_imports`` then come too late to put operators in the
+place of missing compiled ones. Here this package is imported first.
 """
 
 from __future__ import annotations

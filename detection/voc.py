@@ -72,11 +72,15 @@ def convert(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) -> N
             if stem not in read_files:
                 raise coco.DataError(f"{source}/ImageSets/Main/{split}.txt names {stem}, which has no annotation file")
             name, boxes = read_files[stem]
+            name = Path(name).name  # some tools write the path on the annotator's machine
             picture = source / "JPEGImages" / name
-            if not picture.is_file():
-                raise coco.DataError(f"{files[stem]} belongs to {picture}, which is missing")
-            with Image.open(picture) as image:
-                width, height = image.size
+            try:
+                with Image.open(picture) as image:
+                    width, height = image.size
+            except FileNotFoundError:
+                raise coco.DataError(f"{files[stem]} belongs to {picture}, which is missing") from None
+            except OSError as error:
+                raise coco.DataError(f"{files[stem]} belongs to {picture}, which is no picture: {error}") from None
             shutil.copyfile(picture, out / split / name)
             images.append({"id": number, "file_name": name, "width": width, "height": height})
             for box in boxes:
@@ -89,10 +93,13 @@ def convert(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) -> N
 def _voc_split(source: Path, stems: Sequence[str], val_share: float, seed: int) -> Mapping[str, Sequence[str]]:
     lists = {split: source / "ImageSets" / "Main" / f"{split}.txt" for split in ("train", "val")}
     if all(path.is_file() for path in lists.values()):
-        return {
+        splits = {
             split: [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
             for split, path in lists.items()
         }
+        if both := sorted(set(splits["train"]) & set(splits["val"])):
+            raise coco.DataError(f"{both[0]} ({len(both)} in all) is in both {lists['train']} and {lists['val']}")
+        return splits
     shuffled = np.random.default_rng(seed).permutation(stems).tolist()
     held_out = round(val_share * len(stems))
     return {"train": sorted(shuffled[held_out:]), "val": sorted(shuffled[:held_out])}

@@ -186,5 +186,5 @@ def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(coco.DataError, match="no such annotation file"):
         coco.check(tmp_path / "x.json", tmp_path)
-    with pytest.raises(coco.DataError, match="cannot read .*: Is a directory"):
+    with pytest.raises(coco.DataError, match=r"cannot read .*: Is a directory"):
         coco.check(tmp_path, tmp_path)

@@ -118,10 +118,39 @@ def test_voc_boxes_are_converted(voc_folder: Path, tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out/annotations/instances_val.json").read_text())["images"]) == 2
 
 
+def test_a_voc_picture_in_both_splits_is_named(voc_folder: Path, tmp_path: Path) -> None:
+    lists = voc_folder / "ImageSets" / "Main"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("0\n1\n")
+    (lists / "val.txt").write_text("1\n2\n")
+    with pytest.raises(coco.DataError, match=r"^1 \(1 in all\) is in both .*train\.txt and .*val\.txt"):
+        voc.convert(voc_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("folder", ["VOC2012/", "../", "/etc/"])
+def test_folders_in_voc_file_names_are_left_out(voc_folder: Path, tmp_path: Path, folder: str) -> None:
+    (voc_folder / "Annotations/1.xml").write_text(xml(f"{folder}1.jpg", ("cat", 1, 1, 10, 8, 0)))
+    voc.convert(voc_folder, tmp_path / "out", val_share=0.5)
+    assert sum(1 for _ in (tmp_path / "out").rglob("1.jpg")) == 1
+
+
+def test_bad_seeds_and_files_as_folders_are_named(tmp_path: Path, voc_folder: Path) -> None:
+    with pytest.raises(coco.DataError, match=r"--seed -1: expected 0 or more"):
+        prepare.composed(tmp_path / "out", seed=-1)
+    (tmp_path / "file").touch()
+    for make in (prepare.composed, lambda out: prepare.prepare_voc(voc_folder, out)):
+        with pytest.raises(coco.DataError, match=r"--out .*/file is a file, expected a folder"):
+            make(tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
         (lambda folder: (folder / "JPEGImages/1.jpg").unlink(), r"1\.xml belongs to .*1\.jpg, which is missing"),
+        (
+            lambda folder: (folder / "JPEGImages/1.jpg").write_text("x"),
+            r"1\.xml belongs to .*1\.jpg, which is no picture",
+        ),
         (lambda folder: (folder / "Annotations/1.xml").write_text("<annotation>"), r"1\.xml is not a VOC annotation"),
         (lambda folder: (folder / "Annotations/1.xml").write_text("<a><object/></a>"), r"1\.xml .* no <bndbox/xmin>"),
         (lambda folder: [file.unlink() for file in (folder / "Annotations").iterdir()], "holds no XML files"),

@@ -25,10 +25,15 @@ BUILD_HINT = (
 )
 
 
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: torchvision's operators lack kernels for 16 bits, some on the CPU, some everywhere."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) -> Tensor:
     """Indices of the boxes that survive, by falling score; a width is ``x2 - x1 + offset``. Boxes: (n, 4) xyxy."""
     bboxes = bboxes + bboxes.new_tensor([0, 0, offset, offset])
-    return torchvision.ops.nms(bboxes, scores, iou_threshold)
+    return torchvision.ops.nms(_wide(bboxes), _wide(scores), iou_threshold)
 
 
 def _require_average(pool_mode: int) -> None:
@@ -54,7 +59,7 @@ def roi_align_forward(
     _require_average(pool_mode)
     output.copy_(
         torch.ops.torchvision.roi_align(
-            input, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned
+            _wide(input), _wide(rois), spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned
         )
     )
 
@@ -75,8 +80,8 @@ def roi_align_backward(
     """The gradient of `roi_align_forward` with respect to its input, added to `grad_input`."""
     _require_average(pool_mode)
     grad_input += torch.ops.torchvision._roi_align_backward(
-        grad_output,
-        rois,
+        _wide(grad_output),
+        _wide(rois),
         spatial_scale,
         aligned_height,
         aligned_width,

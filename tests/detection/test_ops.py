@@ -18,6 +18,12 @@ from nm_sparsity.detection import ops
 mmcv_ops = pytest.importorskip("mmcv.ops")
 
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
 def reference_nms(boxes: Tensor, scores: Tensor, threshold: float, offset: int) -> list[int]:
     """Greedy: take the best, drop what overlaps it by more than the threshold."""
     left, kept = scores.argsort(descending=True).tolist(), []
@@ -81,34 +87,56 @@ def reference_roi_align(features: Tensor, roi: Tensor, size: int, scale: float, 
     return result
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("aligned", [True, False])
-def test_roi_align_equals_its_definition(aligned: bool) -> None:
+def test_roi_align_equals_its_definition(aligned: bool, device: str) -> None:
     torch.manual_seed(0)
     features = torch.rand(2, 3, 9, 11, dtype=torch.float64)
     rois = torch.tensor(
         [[0, 2.0, 3.0, 30.0, 28.0], [1, -6.0, -4.0, 12.0, 50.0], [1, 5.0, 5.0, 5.5, 6.0]], dtype=torch.float64
     )
-    got = mmcv_ops.roi_align(features, rois, (4, 4), 0.25, 2, "avg", aligned)
+    got = mmcv_ops.roi_align(features.to(device), rois.to(device), (4, 4), 0.25, 2, "avg", aligned).cpu()
     expected = torch.stack([reference_roi_align(features, roi, 4, 0.25, 2, aligned) for roi in rois])
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("samples", [0, 2])
-def test_roi_align_gradient(samples: int) -> None:
+def test_roi_align_gradient(samples: int, device: str) -> None:
     torch.manual_seed(0)
-    features = torch.rand(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
-    rois = torch.tensor([[0, 1.0, 2.0, 20.0, 17.0], [0, 3.3, 0.2, 9.0, 22.0]], dtype=torch.float64)
+    features = torch.rand(1, 2, 6, 6, dtype=torch.float64, device=device, requires_grad=True)
+    rois = torch.tensor([[0, 1.0, 2.0, 20.0, 17.0], [0, 3.3, 0.2, 9.0, 22.0]], dtype=torch.float64, device=device)
+    # On a GPU, the gradients of overlapping boxes are summed in any order.
     assert torch.autograd.gradcheck(
-        lambda x: mmcv_ops.roi_align(x, rois, (3, 3), 0.25, samples, "avg", True), (features,)
+        lambda x: mmcv_ops.roi_align(x, rois, (3, 3), 0.25, samples, "avg", True), (features,), nondet_tol=1e-12
     )
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_focal_loss_equals_its_formula_and_gradient(weighted: bool) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([0, 1, 2, 2, 0, 1, 1] if weighted else [0, 1, 2, 3, 3, 0, 1])  # 3 is background
-    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) if weighted else None
+    wide = torch.rand(1, 2, 6, 6, device=device).to(dtype).float().requires_grad_()
+    narrow = wide.detach().to(dtype).requires_grad_()
+    boxes = torch.tensor([[1.0, 2.0, 20.0, 17.0], [1.0, 3.0, 20.0, 17.0], [3.25, 0.25, 9.0, 22.0]], device=device)
+    rois = torch.cat([torch.zeros(3, 1, device=device), boxes], 1)
+    results = [mmcv_ops.roi_align(x, rois.to(x.dtype), (3, 3), 0.25, 2, "avg", True) for x in (wide, narrow)]
+    for result in results:
+        result.float().square().sum().backward()
+    assert results[1].dtype == narrow.grad.dtype == dtype
+    torch.testing.assert_close(results[1].float(), results[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(narrow.grad.float(), wide.grad, rtol=3e-2, atol=3e-2)
+    kept = mmcv_ops.nms(boxes.to(dtype), torch.tensor([0.5, 0.75, 0.25], device=device, dtype=dtype), 0.5)[1]
+    assert kept.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_focal_loss_equals_its_formula_and_gradient(weighted: bool, device: str) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 3, dtype=torch.float64, device=device, requires_grad=True)
+    labels = torch.tensor([0, 1, 2, 2, 0, 1, 1] if weighted else [0, 1, 2, 3, 3, 0, 1], device=device)  # 3: background
+    weight = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, device=device) if weighted else None
 
     def loss(x: Tensor) -> Tensor:
         return mmcv_ops.sigmoid_focal_loss(x, labels, 2.0, 0.25, weight, "sum")

@@ -62,11 +62,11 @@ def curves(out: Path, names: list[str]) -> None:
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
         for name in names:
             log = scalars(out / name)
-            steps = max(line["step"] for line in log if "loss" in line)
+            training, validation = ([line for line in log if ("loss" in line) == wanted] for wanted in (True, False))
             # Validation lines count epochs, training lines iterations.
-            scale = steps / max(line["step"] for line in log if key in line) if key.startswith("coco") else 1
+            scale = training[-1]["step"] / validation[-1]["step"] if key.startswith("coco") else 1
             points = [(line["step"] * scale, line[key]) for line in log if key in line]
-            axis.plot(*zip(*points, strict=True), label=name)
+            axis.plot([x for x, _ in points], [y for _, y in points], label=name)
         axis.set(xlabel="iteration", title=title)
     axes[0].legend()
     figure.savefig(out / "curves.png", dpi=120)

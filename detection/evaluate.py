@@ -128,38 +128,40 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
 
     model = MODELS.build(config.model).to(get_device())
     hook = _sparsity_of(config)
-    if hook is not None:
+    is_sparse = metadata is not None and bool(metadata["layers"])
+    if is_sparse and hook is None:
+        raise SparsityError(f"{checkpoint} is sparse, but the config in {run} has no NMSparseHook: is it of this run?")
+    if is_sparse:
         hook.config.sparsify(model)
     restore(model, state_dict, metadata)
     detections = predict(model, loader)
-    scores = _scores(truth, detections, dataset.cat_ids)
+    kinds = {"box": "bbox", **({"mask": "segm"} if model.with_mask else {})}
+    scores = {name: score(truth, detections, kind, dataset.cat_ids) for name, kind in kinds.items()}
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "images": len(dataset),
         "detections": len(detections),
         **{name: {**one.numbers, "classes": one.classes} for name, one in scores.items()},
     }
-    if metadata is not None and metadata["layers"]:
+    if is_sparse:
         finalize(model)
-        checks = verify(model, hook.config.pattern if hook is not None else None).checked
+        checks = verify(model, hook.config.pattern).checked
         file = run / "finalized.pth"
         save(file, {"meta": payload["meta"], "state_dict": model.state_dict(), METADATA: describe(model)})
         verify(file)
         stock = init_detector(copy.deepcopy(config), str(file), device=str(get_device()))
-        again = _scores(truth, predict(stock, loader), dataset.cat_ids)
-        if any(_differ(again[kind].numbers, one.numbers) for kind, one in scores.items()):
-            raise SparsityError(f"{file} scores {again}, but {checkpoint} scores {scores}")
+        found = predict(stock, loader)
+        for name, kind in kinds.items():
+            again = score(truth, found, kind, dataset.cat_ids).numbers
+            if _differ(again, scores[name].numbers):
+                raise SparsityError(f"{file} scores {again} ({name}), but {checkpoint} {scores[name].numbers}")
         result["verified"] = f"{len(checks)} weights are N:M; the finalized model scores the same"
     result["environment"] = environment(config.get("randomness", {}).get("seed"))
     write_json(run / "evaluation.json", result)
     shown = [dataset.get_data_info(index) for index in range(min(pictures, len(dataset)))]
-    draw({info["img_id"]: Path(info["img_path"]) for info in shown}, truth, detections, run / "predictions.png")
+    if shown:
+        draw({info["img_id"]: Path(info["img_path"]) for info in shown}, truth, detections, run / "predictions.png")
     return result
-
-
-def _scores(truth: COCO, detections: Detections, category_ids: Sequence[int]) -> dict[str, Score]:
-    kinds = {"box": "bbox", **({"mask": "segm"} if any("segmentation" in d for d in detections) else {})}
-    return {name: score(truth, detections, kind, category_ids) for name, kind in kinds.items()}
 
 
 def _differ(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> bool:
@@ -184,7 +186,7 @@ def _checkpoint_of(run: Path) -> Path:
 def _sparsity_of(config: Any) -> Any:
     from nm_sparsity.detection.hooks import NMSparseHook
 
-    found = [dict(hook) for hook in config.get("custom_hooks", []) if hook["type"] == "NMSparseHook"]
+    found = configs.hooks_of(config)
     return NMSparseHook(**{k: v for k, v in found[0].items() if k not in ("type", "_scope_")}) if found else None
 
 
@@ -241,7 +243,7 @@ def main_evaluate(run: tyro.conf.Positional[Path], checkpoint: Path | None = Non
     Args:
         run: a run folder of nm_sparsity.detection.train.
         checkpoint: another file than the last one in it.
-        pictures: images to draw into predictions.png.
+        pictures: images to draw into predictions.png; 0 for none.
     """
     result = evaluate(run, checkpoint, pictures)
     print(table(result))

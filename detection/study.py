@@ -107,8 +107,8 @@ def scalars(run: Path) -> list[dict[str, Any]]:
 
 
 def validation_ap(run: Path) -> float:
-    """Box AP on the validation split after the last epoch."""
-    return float([line["coco/bbox_mAP"] for line in scalars(run) if "coco/bbox_mAP" in line][-1])
+    """Box AP on the validation split after the last epoch; MMDetection logs none where it finds nothing."""
+    return float([line for line in scalars(run) if "loss" not in line][-1].get("coco/bbox_mAP", 0.0))
 
 
 def plan(study: Study, data: Path, seeds: Sequence[int], decay: float) -> list[Experiment]:

@@ -25,6 +25,14 @@ def test_demo_trains_evaluates_and_goes_on(data: Path, tmp_path: Path, capsys: p
     assert study.validation_ap(tmp_path / "dense") >= 0
 
 
+def test_a_detector_that_finds_nothing_has_ap_0(tmp_path: Path) -> None:
+    """MMDetection logs no AP then; an earlier one does not count."""
+    (tmp_path / "now" / "vis_data").mkdir(parents=True)
+    lines = [{"loss": 2.0, "step": 1}, {"coco/bbox_mAP": 0.1, "step": 1}, {"loss": 9.0, "step": 2}, {"step": 2}]
+    (tmp_path / "now" / "vis_data" / "scalars.json").write_text("\n".join(map(json.dumps, lines)))
+    assert study.validation_ap(tmp_path) == 0.0
+
+
 def test_a_failed_run_shows_the_end_of_its_log(tmp_path: Path) -> None:
     with pytest.raises(SparsityError, match=r"(?s)train nothing .*failed; the end of .*neither a file nor one of"):
         list(study.execute([study.Experiment("x", ("nothing",))], tmp_path, processes=1))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,14 @@ import yaml
 
 from nm_sparsity.core import SparsityConfig, SparsityError
 from nm_sparsity.detection import coco
+from nm_sparsity.detection.hooks import mappings
 
 FOLDER = Path(__file__).parent / "configs"
+
+_LOADERS = ("train", "val", "test")
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
+"""2e-4: a number to everyone but YAML, for which it is text."""
 
 
 def names() -> list[str]:
@@ -27,7 +36,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
         overrides: ``key.of.entry=value``; values are YAML.
 
     Raises:
-        SparsityError: for an unknown name, or a config of MMDetection 2.
+        SparsityError: for an unknown name, a config that cannot be read or overridden, or one of MMDetection 2.
     """
     import mmdet  # noqa: F401  registers mmdet's scope
     from mmengine.config import Config
@@ -42,57 +51,98 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
             config = Config.fromfile(path)
         else:
             raise SparsityError(f'there is no config "{name}": neither a file nor one of {", ".join(names())}')
-    except (SyntaxError, KeyError, OSError, AttributeError, ImportError) as error:
+    except SparsityError:
+        raise
+    except Exception as error:  # a config is code: it may raise anything
         raise SparsityError(f"cannot read the config {name}: {type(error).__name__}: {error}") from error
-    _check_version(config, name)
+    changes = dict(map(_override, overrides))
+    _check_names(changes, config)
     try:
-        config.merge_from_dict(dict(map(_override, overrides)))
-    except (KeyError, TypeError) as error:
+        config.merge_from_dict(changes)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise SparsityError(f"cannot override {' '.join(overrides)}: {error}") from error
+    _check_parts(config, name)
     return config
 
 
-def _check_version(config: Any, name: str) -> None:
+def _check_names(changes: Mapping[str, Any], config: Any) -> None:
+    """Refuse new top-level entries that MMEngine would ignore, such as ``load_form=dense.pth``."""
+    from mmengine.runner import Runner
+
+    optional = ("activation_checkpointing", "compile", "efficient_conv_bn_eval", "find_unused_parameters")
+    known = {*config, *inspect.signature(Runner).parameters, *optional, "model_wrapper_cfg", "sync_bn"}
+    for key in changes:
+        name = key.partition(".")[0]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            raise SparsityError(
+                f'{key}: a config has no entry "{name}"' + (f'; did you mean "{close[0]}"?' if close else "")
+            )
+
+
+def _check_parts(config: Any, name: str) -> None:
     if old := [key for key in ("data", "optimizer", "lr_config", "runner", "total_epochs") if key in config]:
         raise SparsityError(
             f"{name} is a config of MMDetection 2 (it has {', '.join(old)}); this is MMDetection 3, whose configs "
             "have train_dataloader, optim_wrapper and train_cfg: start from the one of the same name in mmdet::"
         )
-    if missing := [key for key in ("model", "train_dataloader", "optim_wrapper", "train_cfg") if key not in config]:
+    parts = ("model", "train_dataloader", "optim_wrapper", "train_cfg")
+    if missing := [key for key in parts if not isinstance(config.get(key), Mapping)]:
         raise SparsityError(f"{name} is not an MMDetection training config: it has no {', '.join(missing)}")
+    if not isinstance(config.get("custom_hooks") or [], list):
+        raise SparsityError(f"{name}: custom_hooks must be a list, found {config.custom_hooks}")
 
 
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals:
+    if not key or not equals:
         raise SparsityError(f'"{text}" is not of the form key=value, e.g. train_cfg.max_epochs=24')
     try:
-        return key, yaml.safe_load(value)
+        return key, float(value) if _EXPONENT.fullmatch(value) else yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise SparsityError(f'"{text}": the value is not YAML: {error}') from None
 
 
 def set_data(config: Any, folder: Path) -> None:
-    """Train and evaluate on a data set that `prepare` wrote: paths, classes, and the heads' numbers of classes.
+    """Train and evaluate on a data set in COCO's format: paths, classes, and the heads' numbers of classes.
 
-    It is tested on ``test`` where there is one, else on ``val``.
+    Args:
+        folder: what `prepare` wrote, or a COCO 2017 folder. It is tested on ``test`` where that is annotated, else on
+            ``val``.
+
+    Raises:
+        SparsityError: if the training data are not as they should be, or `config` is of another kind of data.
     """
-    test = "test" if (folder / "test").is_dir() else "val"
-    classes: tuple[str, ...] = ()
-    for loader, split in (("train", "train"), ("val", "val"), ("test", test)):
-        file = folder / "annotations" / f"instances_{split}.json"
-        classes = classes or coco.check(file, folder / split).categories
+    year = "2017" if (folder / "train2017").is_dir() else ""
+
+    def annotations(split: str) -> Path:
+        return folder / "annotations" / f"instances_{split}{year}.json"
+
+    loaders = [loader for loader in _LOADERS if config.get(f"{loader}_dataloader")]
+    parts = [(loader, _innermost(config[f"{loader}_dataloader"].dataset), "CocoDataset") for loader in loaders]
+    parts += [(loader, config[f"{loader}_evaluator"], "CocoMetric") for loader in loaders if loader != "train"]
+    for loader, part, kind in parts:
+        found = kind_of(part)
+        if found != kind:
+            raise SparsityError(
+                f"--data needs a config of COCO data: {loader} has {found} where {kind} is expected; start from one "
+                "whose name ends in _coco, or describe the data in a config of your own"
+            )
+    classes = coco.check(annotations("train"), folder / f"train{year}").categories
+    for loader in loaders:
+        split = "val" if loader == "test" and not annotations("test").is_file() else loader
+        file = annotations(split)
         _innermost(config[f"{loader}_dataloader"].dataset).update(
-            type="CocoDataset",
             data_root=f"{folder}/",
             ann_file=f"annotations/{file.name}",
-            data_prefix={"img": f"{split}/"},
+            data_prefix={"img": f"{split}{year}/"},
             metainfo={"classes": classes},
         )
         if loader != "train":
             config[f"{loader}_evaluator"].ann_file = str(file)
-    for head in _with_classes(config.model):
-        head["num_classes"] = len(classes)
+    for part in mappings(config.model):
+        if "num_classes" in part:
+            part["num_classes"] = len(classes)
 
 
 def check_data(config: Any) -> None:
@@ -101,15 +151,38 @@ def check_data(config: Any) -> None:
     Raises:
         DataError: with what is missing or wrong.
     """
+    from mmdet.datasets import CocoDataset
+
+    loaders = [config[f"{loader}_dataloader"] for loader in _LOADERS if config.get(f"{loader}_dataloader")]
+    masks = any(step.get("with_mask") for step in mappings(loaders))
     checked = set()
-    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        dataset = _innermost(config[loader].dataset) if config.get(loader) else {}
-        if dataset.get("type") == "CocoDataset":
-            root = Path(dataset.get("data_root") or "")
-            files = root / dataset["ann_file"], root / dataset["data_prefix"]["img"]
-            if files not in checked:
-                checked.add(files)
-                coco.check(*files)
+    for loader in loaders:
+        dataset = _innermost(loader.dataset)
+        if kind_of(dataset) != "CocoDataset":
+            continue
+        root = Path(dataset.get("data_root") or "")
+        files = root / dataset["ann_file"], root / dataset["data_prefix"]["img"]
+        if files in checked:
+            continue
+        checked.add(files)
+        # A label is a category's place in its file: in another order, the labels of one split mean another's.
+        classes = tuple((dataset.get("metainfo") or CocoDataset.METAINFO)["classes"])
+        names = tuple(name for name in coco.check(*files, masks=masks).categories if name in classes)
+        if names != classes:
+            raise coco.DataError(
+                f"{files[0]} has the categories {_some(names)} of the {len(classes)} classes of the config, "
+                f"{_some(classes)}; all splits need all of them, in the same order"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "(none)"
+
+
+def kind_of(part: Any) -> str:
+    """The name of the type that a part of a config is built as; configs in Python's own style hold the class."""
+    kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
+    return getattr(kind, "__name__", kind)
 
 
 def set_sparsity(config: Any, sparsity: SparsityConfig | None) -> None:
@@ -118,27 +191,23 @@ def set_sparsity(config: Any, sparsity: SparsityConfig | None) -> None:
     if "nm_sparsity.detection" not in imports["imports"]:
         imports["imports"] = [*imports["imports"], "nm_sparsity.detection"]
     config.custom_imports = imports
-    hooks = [hook for hook in config.get("custom_hooks", []) if hook["type"] != "NMSparseHook"]
+    ours = hooks_of(config)
+    hooks = [hook for hook in config.get("custom_hooks") or [] if hook not in ours]
     if sparsity is not None:
         options = {key: value for key, value in vars(sparsity).items() if value not in (None, (), {})}
         hooks.append({"type": "NMSparseHook", **options})
     config.custom_hooks = hooks
 
 
+def hooks_of(config: Any) -> list[Any]:
+    """The entries of NMSparseHook in ``custom_hooks``."""
+    return [hook for hook in config.get("custom_hooks") or [] if kind_of(hook) == "NMSparseHook"]
+
+
 def _innermost(dataset: Any) -> Any:
     while "dataset" in dataset:
         dataset = dataset["dataset"]
     return dataset
-
-
-def _with_classes(config: Any) -> Iterator[Any]:
-    if isinstance(config, Mapping):
-        if "num_classes" in config:
-            yield config
-        config = list(config.values())
-    if isinstance(config, list | tuple):
-        for entry in config:
-            yield from _with_classes(entry)
 
 
 def to_json(config: Any) -> Any:

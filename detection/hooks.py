@@ -27,7 +27,7 @@ from nm_sparsity.core import (
     SparsityReport,
     decay_strength,
 )
-from nm_sparsity.core.checkpoint import METADATA, load, restore, split
+from nm_sparsity.core.checkpoint import METADATA, find_parts, load, restore, split
 from nm_sparsity.core.decay import warn_if_weak
 
 # What the log history in MMEngine's own checkpoints is made of; it runs no code. numpy 1 and 2 name parts differently.
@@ -43,6 +43,15 @@ def load_safely(path: str | Path) -> Any:
     """`nm_sparsity.core.checkpoint.load` that also takes what MMEngine writes without `NMSparseHook`."""
     with torch.serialization.safe_globals(_HISTORY):
         return load(path)
+
+
+_OPTIONS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("include", "exclude"), ((list, tuple), 'a list of globs, e.g. ["backbone.*"]')),
+    "patterns": (Mapping, 'globs and their patterns, e.g. {"backbone.*": "1:4"}'),
+    "decay": ((int, float), "a number"),
+    "interval": (int, "a number of iterations"),
+}
+"""Types of the hook's options; those not named here are text."""
 
 
 @HOOKS.register_module()
@@ -68,10 +77,15 @@ class NMSparseHook(Hook):  # type: ignore[misc]
         known = [field.name for field in fields(SparsityConfig)]
         if unknown := sorted(set(sparsity) - set(known)):
             raise SparsityError(f"NMSparseHook has no option {', '.join(unknown)}; it takes {', '.join(known)}")
-        for name in ("include", "exclude"):
-            sparsity[name] = tuple(sparsity.get(name, ()))
-        sparsity["patterns"] = dict(sparsity.get("patterns", {}))
-        self.config = SparsityConfig(**sparsity)
+        given = {name: value for name, value in sparsity.items() if value is not None}
+        for name, value in {**given, "interval": interval}.items():
+            kind, expected = _OPTIONS.get(name, (str, "text"))
+            if not isinstance(value, kind):
+                raise SparsityError(f"NMSparseHook: {name} is {value!r}, expected {expected}")
+        if interval < 0:
+            raise SparsityError(f"NMSparseHook: interval is {interval}, expected 0 (never measure) or more iterations")
+        globs = {name: tuple(given[name]) for name in ("include", "exclude") if name in given}
+        self.config = SparsityConfig(**{**given, **globs})
         self.interval = interval
         self.per_layer = per_layer
         self.report: SparsityReport | None = None
@@ -79,7 +93,11 @@ class NMSparseHook(Hook):  # type: ignore[misc]
 
     def before_run(self, runner: Any) -> None:
         """Initialise the weights as the runner would, then convert the model."""
-        if self.report is not None or not isinstance(runner._train_loop, BaseLoop):
+        trains = isinstance(runner._train_loop, BaseLoop)
+        start = first_checkpoint(runner._load_from, runner._resume, runner.work_dir)
+        for path in files_to_load(runner.cfg.get("model") if trains else None, start):
+            load_safely(path)  # MMEngine itself would run the code in a pickle that it cannot load safely
+        if self.report is not None or not trains:
             return
         if sum(isinstance(hook, NMSparseHook) for hook in runner.hooks) > 1:
             raise SparsityError("the config holds NMSparseHook more than once; use `patterns` for layers that differ")
@@ -87,8 +105,6 @@ class NMSparseHook(Hook):  # type: ignore[misc]
             raise SparsityError(
                 "the model is sharded by FSDP before NMSparseHook can convert it; use MMDistributedDataParallel"
             )
-        for path in _files_to_load(runner):
-            load_safely(path)  # MMEngine itself would run the code in a pickle that it cannot load safely
         # The runner initialises the weights only after this hook, and its init functions would miss the shadow weights.
         runner._init_model_weights()
         runner._init_model_weights = lambda: None  # a second call would only log a warning
@@ -97,7 +113,9 @@ class NMSparseHook(Hook):  # type: ignore[misc]
         runner.register_hook(_SaveSparse())
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """On resume, rebuild the dense shadow weights and the method's memory."""
+        """On resume, rebuild the dense shadow weights and the method's memory; else check that the file fits at all."""
+        if not runner._resume:
+            _require_common_names(_unwrapped(runner), checkpoint, runner._load_from)
         if self.report is None or not runner._resume:
             return
         metadata = checkpoint.get(METADATA)
@@ -165,19 +183,34 @@ def _unwrapped(runner: Any) -> nn.Module:
     return model
 
 
-def _files_to_load(runner: Any) -> Iterator[str]:
-    """The local files that the runner is about to load: ``load_from``, the one to resume, pretrained parts."""
-    start = runner._load_from or (find_latest_checkpoint(runner.work_dir) if runner._resume else None)
-    for path in (start, *_pretrained(runner.cfg.get("model", {}))):
+def _require_common_names(model: nn.Module, checkpoint: Any, path: str) -> None:
+    """MMEngine only warns of names that differ, even if all do: then the weights stay random."""
+    state_dict, _ = find_parts(checkpoint, path)
+    if model.state_dict().keys().isdisjoint(state_dict):
+        raise CheckpointError(
+            f"no name in {path} is one of {type(model).__name__}'s (it has {next(iter(state_dict), 'nothing')}, ...); "
+            'the weights of a backbone alone belong in model.backbone.init_cfg = {type: "Pretrained", checkpoint: ...}'
+        )
+
+
+def first_checkpoint(load_from: str | None, resume: bool, work_dir: str) -> str | None:
+    """What a runner starts from: ``load_from``, or the last checkpoint to resume."""
+    return load_from or (find_latest_checkpoint(work_dir) if resume else None)
+
+
+def files_to_load(model: Any, start: str | None) -> Iterator[str]:
+    """The local files among `start` and the pretrained parts of the config `model`."""
+    pretrained = (part.get("checkpoint") for part in mappings(model) if part.get("type") == "Pretrained")
+    for path in (start, *pretrained):
         if path is not None and not re.match(r"[\w-]+://", path):
             yield path
 
 
-def _pretrained(config: Any) -> Iterator[str]:
+def mappings(config: Any) -> Iterator[Any]:
+    """All mappings in a nested config, `config` itself included."""
     if isinstance(config, Mapping):
-        if config.get("type") == "Pretrained":
-            yield config["checkpoint"]
+        yield config
         config = list(config.values())
     if isinstance(config, list | tuple):
         for entry in config:
-            yield from _pretrained(entry)
+            yield from mappings(entry)

@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
+from importlib.metadata import distributions
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +21,12 @@ from torch import Tensor
 
 from nm_sparsity.core.errors import SparsityError
 
+_FORK = any(distributions(name="onedl-mmcv"))
 BUILD_HINT = (
-    "MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps onedl-mmcv==2.3.6"
+    f"{'' if _FORK else 'pip uninstall mmcv-lite; '}MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir "
+    f"--force-reinstall --no-deps {'onedl-mmcv==2.3.6' if _FORK else 'mmcv==2.1.0'}"
 )
+"""Forks and originals of OpenMMLab's packages must not be mixed."""
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Under torchrun with ``--launcher pytorch`` it trains on several devices (gloo wh
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -15,10 +16,12 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from nm_sparsity.core import SparsityConfig, SparsityError
+from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
+from nm_sparsity.core.checkpoint import find_parts
 from nm_sparsity.core.errors import command_line
 from nm_sparsity.core.run import environment, write_json
 from nm_sparsity.detection import config as configs
+from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, load_safely
 
 
 def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: str = "none") -> Any:
@@ -31,9 +34,11 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
         SparsityError: for data, a config, or a checkpoint that cannot be used.
     """
     from mmengine.dist import is_main_process
-    from mmengine.runner import Runner
 
+    if launcher == "pytorch" and "RANK" not in os.environ:
+        raise SparsityError("--launcher pytorch is for torchrun: torchrun --nproc-per-node 8 -m ... --launcher pytorch")
     configs.check_data(config)
+    _check_files(config, out, resume)
     # MMEngine keeps loggers and visualizers by name; a second run in a process would share the first's.
     name = f"{out.name}_{time.time_ns()}"
     config.merge_from_dict({"work_dir": str(out), "randomness": {"seed": seed}, "resume": resume, "launcher": launcher})
@@ -44,29 +49,62 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
         config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
     if find_spec("tensorboard"):
         config.visualizer.vis_backends = [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}]
+    runner = _build(config)
+    if is_main_process():
+        write_json(out / "config.json", configs.to_json(config))
+        write_json(out / "environment.json", environment(seed))
     try:
-        runner = Runner.from_cfg(config)
-        if is_main_process():
-            write_json(out / "config.json", configs.to_json(config))
-            write_json(out / "environment.json", environment(seed))
         runner.train()
-    except (KeyError, TypeError, AssertionError) as error:
-        explained = _explained(error)
-        if explained is None:
-            raise
-        raise explained from error
+    except Exception as error:
+        if match := re.search(r"failed to load image: \S+", str(error)):
+            raise SparsityError(match[0]) from error
+        raise
     return runner
 
 
-def _explained(error: Exception) -> SparsityError | None:
-    text = str(error).strip("\"'")
-    if "is not in the" in text and "registry" in text:
-        return SparsityError(
-            f"{text.split('. ')[0]}: a config of another MMDetection version, or of a package that custom_imports lacks"
-        )
-    if match := re.search(r"failed to load image: \S+|got an unexpected keyword argument .*", text):
-        return SparsityError(match[0])
-    return None
+def _check_files(config: Any, out: Path, resume: bool) -> None:
+    """Refuse a file with code in it, which MMEngine would run, and to go on densely where a run was sparse. MMEngine
+    would write this config over the run's."""
+    start = first_checkpoint(config.get("load_from"), resume, str(out))
+    sparse = any(hook.get("method") != "dense" for hook in configs.hooks_of(config))
+    for path in files_to_load(config.model, start):
+        payload = load_safely(path)
+        if path != start or not resume or sparse:
+            continue
+        if (metadata := find_parts(payload, path)[1]) and metadata["layers"]:
+            patterns = sorted({pattern for pattern, _ in metadata["layers"].values()})
+            raise CheckpointError(
+                f"{path} is {', '.join(patterns)} sparse, trained with {metadata['method']}, but this config is dense; "
+                "resume with the --pattern, --method and --decay that the run was started with"
+            )
+
+
+def _build(config: Any) -> Any:
+    """The runner, with the parts that MMEngine would build when training starts: what is wrong in a config shows here.
+
+    Raises:
+        SparsityError: with what the class that cannot be built says, whatever it is.
+    """
+    from mmengine.runner import Runner
+
+    part = "model, hooks or work_dir"
+    try:
+        runner = Runner.from_cfg(config)
+        part = "train_dataloader or train_cfg"
+        runner._train_loop = runner.build_train_loop(runner._train_loop)
+        part = f"optim_wrapper with {config.optim_wrapper.get('optimizer')}"
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        part = "val_dataloader, val_cfg or val_evaluator"
+        if runner._val_loop is not None:
+            runner._val_loop = runner.build_val_loop(runner._val_loop)
+    except SparsityError:
+        raise
+    except Exception as error:
+        text = str(error.args[0] if isinstance(error, KeyError) else error)  # a KeyError puts its text in quotes
+        if "is not in the" in text and "registry" in text:
+            text = f"{text.split('. ')[0]}: of another MMDetection version, or of a package that custom_imports lacks"
+        raise SparsityError(f"cannot build {part}: {type(error).__name__}: {text}") from error
+    return runner
 
 
 @command_line

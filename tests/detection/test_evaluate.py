@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mmdet
 import pytest
+from mmdet.apis import init_detector
+from mmdet.registry import MODELS
+from mmengine.runner import Runner
 from PIL import Image
 from pycocotools.coco import COCO
 
-from nm_sparsity.core import verify
+from nm_sparsity.core import SparsityConfig, SparsityError, verify
+from nm_sparsity.core.checkpoint import load, restore
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import evaluate, prepare, train
 
@@ -86,7 +88,11 @@ def test_evaluate_finalizes_verifies_and_draws(
 
 
 def test_a_run_without_the_hook_is_evaluated(
-    make_config: Callable[..., Any], run: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_config: Callable[..., Any],
+    run: Callable[..., Any],
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = make_config(method="dense")
     config.custom_hooks = []
@@ -94,6 +100,48 @@ def test_a_run_without_the_hook_is_evaluated(
     assert evaluate.main([str(tmp_path / "run")]) == 0
     assert "dense model: no pattern to verify" in capsys.readouterr().out
     assert not (tmp_path / "run" / "finalized.pth").exists()
+    # Its checkpoint is scored as it stands, wherever it lies.
+    elsewhere = evaluate.evaluate(
+        shutil.copytree(trained, tmp_path / "sparse"), tmp_path / "run" / "epoch_1.pth", pictures=0
+    )
+    dense = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert "verified" not in elsewhere
+    assert all(elsewhere[key] == dense[key] for key in ("detections", "box", "mask"))
+
+
+def test_a_stock_detector_finds_the_same_in_what_was_saved(trained: Path, data: Path) -> None:
+    """`init_detector` with a config that knows no hook, on the checkpoint as it stands."""
+    config = configs.read("tiny_mask_rcnn")
+    configs.set_data(config, data)
+    loader = Runner.build_dataloader(config.test_dataloader, seed=0)
+    payload = load(trained / "epoch_1.pth")
+    sparse = MODELS.build(config.model)
+    SparsityConfig(pattern="2:4").sparsify(sparse)
+    restore(sparse, payload["state_dict"], payload["nm_sparsity"])
+    stock = init_detector(config, str(trained / "epoch_1.pth"), device="cpu")
+    found, expected = evaluate.predict(stock, loader), evaluate.predict(sparse, loader)
+    assert found == expected
+    assert len(found) > 10
+    assert (sparse.backbone.conv1._parameters["weight"] != 0).any()
+
+
+def test_a_finalized_model_that_scores_differently_is_refused(
+    trained: Path, tmp_path: Path, truth: COCO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    results = iter([perfect(truth), []])
+    monkeypatch.setattr(evaluate, "predict", lambda model, loader: next(results))
+    with pytest.raises(SparsityError, match=r"finalized\.pth scores .*'AP': 0\.0.* but .*epoch_1\.pth .*'AP': 1\.0"):
+        evaluate.evaluate(run, pictures=0)
+
+
+def test_a_detector_that_finds_nothing_scores_zero_in_boxes_and_masks(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "predict", lambda model, loader: [])
+    result = evaluate.evaluate(shutil.copytree(trained, tmp_path / "run"), pictures=0)
+    assert result["box"]["AP"] == result["mask"]["AP"] == 0.0
+    assert not (tmp_path / "run" / "predictions.png").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +156,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
 def test_two_ranks_train_one_model(data: Path, tmp_path: Path) -> None:
     """MMEngine's pytorch launcher, gloo: the ranks end with the same weights, and the file is 2:4."""
     worker = Path(__file__).parent / "two_ranks.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
         [*command, str(worker), str(data), str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -138,6 +186,65 @@ def test_train_names_unknown_configs_and_bad_overrides(capsys: pytest.CaptureFix
     assert "is not of the form key=value" in failure(capsys, "tiny_mask_rcnn", "train_cfg.max_epochs")
     assert 'pattern "2-4" is not of the form N:M' in failure(capsys, "tiny_mask_rcnn", "--pattern", "2-4")
     assert "cannot override" in failure(capsys, "tiny_mask_rcnn", "model.backbone.init_cfg.checkpoint=x.pth")
+    assert "is not of the form key=value" in failure(capsys, "tiny_mask_rcnn", "=5")
+    assert 'no entry "load_form"; did you mean "load_from"?' in failure(capsys, "tiny_mask_rcnn", "load_form=good.pth")
+    assert 'did you mean "model"?' in failure(capsys, "tiny_mask_rcnn", "modle.backbone.depth=18")
+    assert "it has no model" in failure(capsys, "tiny_mask_rcnn", "model=5")
+    assert "custom_hooks must be a list" in failure(capsys, "tiny_mask_rcnn", "custom_hooks={a: 1}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim_wrapper.optimizer.type=AdamWX"], "cannot build optim_wrapper with .*AdamWX"),
+        (["train_cfg.max_epochs=abc"], "cannot build train_dataloader or train_cfg: .*abc"),
+        (["train_cfg.max_epoch=3"], r"EpochBasedTrainLoop.* got an unexpected keyword argument 'max_epoch'$"),
+        (["train_dataloader.batch_size=0"], "cannot build train_dataloader or train_cfg: .*batch_size"),
+        (["model.backbone.frozen_stages=x"], "cannot build model, hooks or work_dir: TypeError: .*'str'"),
+        (["load_from=nothing.pth"], r"there is no checkpoint nothing\.pth"),
+        (["--launcher", "pytorch"], "--launcher pytorch is for torchrun"),
+        (["--data", __file__], "cannot read .*: Not a directory"),
+        (["--out", __file__], f"cannot build model, hooks or work_dir: FileExistsError: .*{Path(__file__).name}"),
+    ],
+)
+def test_mistakes_in_arguments_are_one_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    shared = ["tiny_mask_rcnn", "--data", str(data), "--out", str(tmp_path / "run")]
+    error = failure(capsys, *shared, *arguments)
+    assert re.search(message, error.strip()), error
+    assert error.count("\n") == 1
+
+
+def test_numbers_with_exponents_are_numbers() -> None:
+    """For YAML, 2e-4 is text."""
+    assert configs.read("tiny_mask_rcnn", ["optim_wrapper.optimizer.lr=2e-4"]).optim_wrapper.optimizer.lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py'\ndefault_scope = dict(a=1)", "TypeError"),
+        ("model = undefined", "NameError"),
+        ("raise ValueError('no')", "ValueError: no"),
+        ("from mmengine.config import read_base\nwith read_base():\n    from .gone import *", "gone"),
+    ],
+)
+def test_configs_that_cannot_be_read_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, message: str
+) -> None:
+    (tmp_path / "bad.py").write_text(source)
+    assert re.search(rf"cannot read the config .*bad\.py: .*{message}", failure(capsys, str(tmp_path / "bad.py")))
+
+
+def test_going_on_densely_where_a_run_was_sparse_is_refused(
+    trained: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    error = failure(capsys, "tiny_mask_rcnn", "--data", str(data), "--out", str(run), "--resume")
+    assert "epoch_1.pth is 2:4 sparse, trained with sr-ste, but this config is dense; resume with" in error
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
 def test_train_names_configs_of_other_versions(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,6 +264,67 @@ def test_train_checks_its_data_first(tmp_path: Path, data: Path, capsys: pytest.
     error = failure(capsys, "tiny_mask_rcnn", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"))
     assert "000003.jpg is missing" in error
     assert "no such annotation file" in failure(capsys, "tiny_mask_rcnn", "--data", str(tmp_path))
+
+
+def change(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    document = json.loads(file.read_text())
+    edit(document)
+    file.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [lambda d: d["categories"].reverse(), lambda d: d["categories"][3].update(name="drei")],
+    ids=["other order", "other name"],
+)
+def test_categories_that_differ_between_splits_are_refused(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], edit: Callable[[dict[str, Any]], Any]
+) -> None:
+    """With a label for another category in each split, AP would be wrong in silence."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    change(folder / "annotations" / "instances_val.json", edit)
+    error = failure(capsys, "tiny_mask_rcnn", "--data", str(folder), "--out", str(tmp_path / "run"))
+    assert re.search(r"instances_val\.json has the categories .* all splits need all of them, in the same order", error)
+
+
+def test_data_without_masks_are_refused_for_a_mask_config_only(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(data, tmp_path / "data")
+    for split in ("train", "val", "test"):
+        file = folder / "annotations" / f"instances_{split}.json"
+        change(file, lambda d: [annotation.pop("segmentation") for annotation in d["annotations"]])
+    error = failure(capsys, "tiny_mask_rcnn", "--data", str(folder), "--out", str(tmp_path / "run"))
+    assert "has no mask, which this config needs" in error
+    config = configs.read("tiny_faster_rcnn")
+    configs.set_data(config, folder)
+    configs.check_data(config)
+
+
+def test_a_coco_2017_folder_is_data(tmp_path: Path, data: Path) -> None:
+    folder = shutil.copytree(data, tmp_path / "coco")
+    for split in ("train", "val"):
+        (folder / split).rename(folder / f"{split}2017")
+        (folder / f"annotations/instances_{split}.json").rename(folder / f"annotations/instances_{split}2017.json")
+    config = configs.read("tiny_mask_rcnn")
+    configs.set_data(config, folder)
+    configs.check_data(config)
+    assert config.train_dataloader.dataset.data_prefix["img"] == "train2017/"
+    assert config.test_evaluator.ann_file == str(folder / "annotations/instances_val2017.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cityscapes/mask-rcnn_r50_fpn_1x_cityscapes", "CityscapesDataset"),
+        ("pascal_voc/faster-rcnn_r50_fpn_1x_voc0712", "ConcatDataset"),
+    ],
+)
+def test_data_for_a_config_of_another_kind_are_refused(
+    data: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    error = failure(capsys, f"mmdet::{name}.py", "--data", str(data))
+    assert f"train has {kind} where CocoDataset is expected" in error
 
 
 def test_train_names_a_corrupt_picture(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,10 +13,12 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from nm_sparsity.core import CheckpointError, SparsityError, finalize, nm_mask, verify
-from nm_sparsity.core.checkpoint import load
+from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError, finalize, nm_mask, verify
+from nm_sparsity.core.checkpoint import load, save
 from nm_sparsity.detection.hooks import NMSparseHook
 
 Make = Callable[..., Any]
@@ -46,6 +48,12 @@ def snapshots(run: Make, config: Any) -> list[State]:
     config.custom_hooks.append({"type": "Snapshots"})
     runner = run(config)
     return next(hook.states for hook in runner.hooks if isinstance(hook, Snapshots))
+
+
+def runner_of(config: Any, folder: Path, **entries: Any) -> Any:
+    config.merge_from_dict({"work_dir": str(folder), **entries})
+    config.merge_from_dict({"experiment_name": str(folder), "visualizer": {"name": str(folder)}})
+    return Runner.from_cfg(config)
 
 
 def assert_same(a: State, b: State) -> None:
@@ -130,8 +138,8 @@ def test_asp_fixes_the_masks_of_the_dense_checkpoint(make_config: Make, run: Mak
     run(make_config("tiny_mask_rcnn", f"load_from={tmp_path}/dense/epoch_1.pth", method="asp"), tmp_path / "asp")
     pruned = load(tmp_path / "asp" / "epoch_1.pth")
     for name in sparse_names(pruned):
-        if pruned["state_dict"][name].grad_fn is None and dense[name].ndim == 4 and "upsample" not in name:
-            assert torch.equal(pruned["state_dict"][name] != 0, nm_mask(dense[name], "2:4")), name
+        pattern, dims = pruned["nm_sparsity"]["layers"][name]
+        assert torch.equal(pruned["state_dict"][name] != 0, nm_mask(dense[name], pattern, tuple(dims))), name
 
 
 def test_frozen_stages_are_masked_and_not_trained(make_config: Make, run: Make) -> None:
@@ -175,6 +183,7 @@ def test_sad_and_flip_rate_reach_the_log(make_config: Make, run: Make, tmp_path:
     config.optim_wrapper.optimizer.lr = 0.5
     config.custom_hooks[0].update(interval=1, per_layer=True)
     config.default_hooks.logger.interval = 1
+    config.log_level = "INFO"
     states = snapshots(lambda made: run(made, tmp_path / "run"), config)
     (scalars,) = (tmp_path / "run").glob("*/vis_data/scalars.json")
     last = [json.loads(line) for line in scalars.read_text().splitlines()][-1]
@@ -184,17 +193,17 @@ def test_sad_and_flip_rate_reach_the_log(make_config: Make, run: Make, tmp_path:
     assert last[f"sad_{name}"] == sad > 0
     assert last["sad"] == sum(value for key, value in last.items() if key.startswith("sad_"))
     assert last["flip_rate"] == pytest.approx(last["sad"] / 982_880)
-    assert list((tmp_path / "run").glob("*/vis_data/events.out.tfevents*"))
+    (events,) = (tmp_path / "run").glob("*/vis_data/events.out.tfevents*")
+    board = EventAccumulator(str(events)).Reload()
+    for key in ("sad", "flip_rate"):
+        assert board.Scalars(f"train/{key}")[-1].value == pytest.approx(last[key])
+    (log,) = (tmp_path / "run").glob("*/*.log")
+    assert log.read_text().count("sparse model:") == 1
 
 
 def test_testing_leaves_the_model_dense(make_config: Make, trained: Path, tmp_path: Path) -> None:
     """What is tested is what the file holds: `tools/test.py` needs no hook."""
-    from mmengine.runner import Runner
-
-    config = make_config(pattern="2:4")
-    config.merge_from_dict({"work_dir": str(tmp_path), "load_from": str(trained / "epoch_1.pth")})
-    config.merge_from_dict({"experiment_name": "testing", "visualizer": {"name": "testing"}})
-    runner = Runner.from_cfg(config)
+    runner = runner_of(make_config(pattern="2:4"), tmp_path, load_from=str(trained / "epoch_1.pth"))
     runner.test()
     assert type(runner.model.backbone.conv1) is torch.nn.Conv2d
     assert_same(dict(runner.model.state_dict()), load(trained / "epoch_1.pth")["state_dict"])
@@ -203,11 +212,14 @@ def test_testing_leaves_the_model_dense(make_config: Make, trained: Path, tmp_pa
 def test_a_pretrained_backbone_is_loaded_before_conversion(
     make_config: Make, run: Make, trained: Path, tmp_path: Path
 ) -> None:
+    """From a file such as nm_sparsity.classification writes: a classifier's names, and its table of sparse weights."""
     state = load(trained / "epoch_1.pth")["state_dict"]
     backbone = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    torch.save({"state_dict": backbone}, tmp_path / "backbone.pth")
+    payload = {"state_dict": {**backbone, "fc.bias": torch.zeros(1000)}, "config": {"arch": "resnet18"}}
+    payload["nm_sparsity"] = {"format": 1, "method": "sr-ste", "layers": {"layer1.0.conv1.weight": ["2:4", [1]]}}
+    save(tmp_path / "finalized.pt", payload)
     config = make_config(method="sr-ste")
-    config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": f"{tmp_path}/backbone.pth"}
+    config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": f"{tmp_path}/finalized.pt"}
     start = snapshots(run, config)[0]
     assert_same({name: start[f"backbone.{name}"] for name in backbone}, backbone)
 
@@ -231,15 +243,18 @@ class RunsCode:
         return (Path("code_ran").touch, ())
 
 
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("where", ["load_from", "pretrained"])
 def test_a_pickle_with_code_is_not_loaded(
-    make_config: Make, run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    make_config: Make, run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, sparse: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": RunsCode()}))
     torch.save({"state_dict": {}, "meta": RunsCode()}, tmp_path / "evil_zip.pth")
     for name in ("evil.pth", "evil_zip.pth"):
         config = make_config(method="sr-ste")
+        if not sparse:
+            config.custom_hooks = []
         if where == "pretrained":
             config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": name}
         else:
@@ -247,6 +262,27 @@ def test_a_pickle_with_code_is_not_loaded(
         with pytest.raises(CheckpointError, match=name):
             run(config, tmp_path / "run")
     assert not (tmp_path / "code_ran").exists()
+
+
+@pytest.mark.parametrize("mode", ["test", "val"])
+def test_a_pickle_with_code_is_not_tested(
+    make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {}, "meta": RunsCode()}, "evil.pth")
+    config = make_config(pattern="2:4")
+    config.val_dataloader, config.val_evaluator = config.test_dataloader, config.test_evaluator
+    config.val_cfg = {"type": "ValLoop"}
+    with pytest.raises(CheckpointError, match=r"evil\.pth"):
+        getattr(runner_of(config, tmp_path, load_from="evil.pth"), mode)()
+    assert not (tmp_path / "code_ran").exists()
+
+
+def test_a_file_without_any_name_of_the_model_is_refused(make_config: Make, run: Make, tmp_path: Path) -> None:
+    """MMEngine would only warn, and ASP would prune random weights."""
+    torch.save({"conv1.weight": torch.zeros(32, 3, 7, 7)}, tmp_path / "backbone.pth")
+    with pytest.raises(CheckpointError, match=r"no name in .*backbone\.pth is one of MaskRCNN's .*init_cfg"):
+        run(make_config("tiny_mask_rcnn", f"load_from={tmp_path}/backbone.pth", method="asp"))
 
 
 def test_resuming_another_pattern_is_refused(make_config: Make, run: Make, tmp_path: Path) -> None:
@@ -263,12 +299,9 @@ def test_a_second_hook_is_refused(make_config: Make, run: Make) -> None:
 
 
 def test_fsdp_is_refused(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmengine.runner import Runner
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    config = make_config(pattern="2:4")
-    config.merge_from_dict({"work_dir": str(tmp_path), "experiment_name": "fsdp", "visualizer": {"name": "fsdp"}})
-    runner = Runner.from_cfg(config)
+    runner = runner_of(make_config(pattern="2:4"), tmp_path)
     runner.model = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     torch.nn.Module.__init__(runner.model)
     runner._train_loop = runner.build_train_loop(runner._train_loop)
@@ -281,6 +314,27 @@ def test_options_are_checked_when_the_config_is_built() -> None:
         NMSparseHook(lamda=1e-4)
     with pytest.raises(SparsityError, match=r"5:4"):
         NMSparseHook(pattern="5:4")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("exclude", "backbone.conv1", "a list of globs"),
+        ("patterns", "1:4", "globs and their patterns"),
+        ("decay", "2e-4", "a number"),
+        ("layout", 5, "text"),
+        ("interval", "a", "a number of iterations"),
+        ("interval", -1, "0 .* or more"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(option: str, value: Any, expected: str) -> None:
+    with pytest.raises(SparsityError, match=rf"NMSparseHook: {option} is {value!r}, expected {expected}"):
+        NMSparseHook(**{option: value})
+
+
+def test_none_is_the_default() -> None:
+    options = ("pattern", "decay", "include", "exclude", "patterns")
+    assert NMSparseHook(**dict.fromkeys(options)).config == SparsityConfig()
 
 
 def test_unmatched_globs_are_refused(make_config: Make, run: Make) -> None:

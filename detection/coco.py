@@ -181,7 +181,7 @@ def _mask_problem(annotation: Mapping[str, Any], width: int, height: int) -> str
     if isinstance(mask, dict):
         if mask.get("size") != [height, width]:
             return f"a run-length mask of size {mask.get('size')} in an image of height {height}, width {width}"
-        counts = mask.get("counts")
+        counts: Any = mask.get("counts")
         if _are_numbers(counts) and sum(counts) != height * width:  # pycocotools would not notice
             return f"a run-length mask of {sum(counts)} pixels in an image of {height * width}"
         try:

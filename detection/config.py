@@ -120,7 +120,7 @@ def set_data(config: Any, folder: Path) -> None:
 
     loaders = [loader for loader in _LOADERS if config.get(f"{loader}_dataloader")]
     parts = [(loader, _innermost(config[f"{loader}_dataloader"].dataset), "CocoDataset") for loader in loaders]
-    parts += [(loader, config[f"{loader}_evaluator"], "CocoMetric") for loader in loaders if loader != "train"]
+    parts += [(loader, config.get(f"{loader}_evaluator"), "CocoMetric") for loader in loaders if loader != "train"]
     for loader, part, kind in parts:
         found = kind_of(part)
         if found != kind:
@@ -161,12 +161,12 @@ def check_data(config: Any) -> None:
         if kind_of(dataset) != "CocoDataset":
             continue
         root = Path(dataset.get("data_root") or "")
-        files = root / dataset["ann_file"], root / dataset["data_prefix"]["img"]
+        files = root / dataset.get("ann_file", ""), root / dataset.get("data_prefix", {}).get("img", "")
         if files in checked:
             continue
         checked.add(files)
         # A label is a category's place in its file: in another order, the labels of one split mean another's.
-        classes = tuple((dataset.get("metainfo") or CocoDataset.METAINFO)["classes"])
+        classes = tuple({**CocoDataset.METAINFO, **(dataset.get("metainfo") or {})}["classes"])
         names = tuple(name for name in coco.check(*files, masks=masks).categories if name in classes)
         if names != classes:
             raise coco.DataError(

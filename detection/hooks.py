@@ -45,8 +45,10 @@ def load_safely(path: str | Path) -> Any:
         return load(path)
 
 
+_GLOBS = ((list, tuple), 'a list of globs, e.g. ["backbone.*"]')
 _OPTIONS: dict[str, tuple[Any, str]] = {
-    **dict.fromkeys(("include", "exclude"), ((list, tuple), 'a list of globs, e.g. ["backbone.*"]')),
+    "include": _GLOBS,
+    "exclude": _GLOBS,
     "patterns": (Mapping, 'globs and their patterns, e.g. {"backbone.*": "1:4"}'),
     "decay": ((int, float), "a number"),
     "interval": (int, "a number of iterations"),
@@ -85,7 +87,7 @@ class NMSparseHook(Hook):  # type: ignore[misc]
         if interval < 0:
             raise SparsityError(f"NMSparseHook: interval is {interval}, expected 0 (never measure) or more iterations")
         globs = {name: tuple(given[name]) for name in ("include", "exclude") if name in given}
-        self.config = SparsityConfig(**{**given, **globs})
+        self.config = SparsityConfig(**(given | globs))
         self.interval = interval
         self.per_layer = per_layer
         self.report: SparsityReport | None = None

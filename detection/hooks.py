@@ -86,8 +86,10 @@ class NMSparseHook(Hook):  # type: ignore[misc]
                 raise SparsityError(f"NMSparseHook: {name} is {value!r}, expected {expected}")
         if interval < 0:
             raise SparsityError(f"NMSparseHook: interval is {interval}, expected 0 (never measure) or more iterations")
-        globs = {name: tuple(given[name]) for name in ("include", "exclude") if name in given}
-        self.config = SparsityConfig(**(given | globs))
+        for name, plain in (("include", tuple), ("exclude", tuple), ("patterns", dict)):
+            if name in given:
+                given[name] = plain(given[name])
+        self.config = SparsityConfig(**given)
         self.interval = interval
         self.per_layer = per_layer
         self.report: SparsityReport | None = None

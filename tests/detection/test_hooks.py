@@ -196,7 +196,7 @@ def test_sad_and_flip_rate_reach_the_log(make_config: Make, run: Make, tmp_path:
     (events,) = (tmp_path / "run").glob("*/vis_data/events.out.tfevents*")
     board = EventAccumulator(str(events)).Reload()
     for key in ("sad", "flip_rate"):
-        assert board.Scalars(f"train/{key}")[-1].value == pytest.approx(last[key])
+        assert board.Scalars(key)[-1].value == pytest.approx(last[key])
     (log,) = (tmp_path / "run").glob("*/*.log")
     assert log.read_text().count("sparse model:") == 1
 

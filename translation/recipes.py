@@ -95,7 +95,9 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         {**{name: tree.get(name) for name in ("data", "seed", "init_from")}, **tree["sparsity"]}
         for tree in (there, here)
     ]
-    return [f"{name}: {trees[0].get(name)} -> {value}" for name, value in trees[1].items() if trees[0].get(name) != value]
+    return [
+        f"{name}: {trees[0].get(name)} -> {value}" for name, value in trees[1].items() if trees[0].get(name) != value
+    ]
 
 
 RECIPES: dict[str, Callable[[], Config]] = {}

@@ -17,6 +17,7 @@ from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
+from nm_sparsity.core.checkpoint import METADATA, merge
 from nm_sparsity.translation.__main__ import USER_DIR
 
 WIDTH = 16
@@ -73,6 +74,22 @@ def batches(trainer: Trainer, count: int) -> list[Any]:
     """The first `count` training batches."""
     iterator = trainer.get_train_iterator(epoch=1).next_epoch_itr(shuffle=False)
     return [batch for _, batch in zip(range(count), iterator, strict=False)]
+
+
+def load(path: Path) -> Any:
+    """As torch loads it without trust."""
+    return torch.load(path, weights_only=True)
+
+
+def shadow(path: Path) -> dict[str, torch.Tensor]:
+    """The dense shadow weights in a checkpoint."""
+    payload = load(path)
+    return merge(payload["model"], payload["extra_state"][METADATA])
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def masked(weight: torch.Tensor, n: int, m: int) -> torch.Tensor:

@@ -6,7 +6,6 @@ import argparse
 import json
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from fairseq import checkpoint_utils
-from fairseq_tools import arguments, batches, environment, in_subprocess, make_trainer, masked
+from fairseq_tools import arguments, batches, environment, equal, in_subprocess, load, make_trainer, masked, shadow
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nm_sparsity.core import CheckpointError, verify
@@ -30,21 +29,6 @@ from nm_sparsity.translation.prepare import Prepared, prepare
 from nm_sparsity.translation.trainer import EMA, copy, plain
 
 Fairseq = Callable[[list[str]], None]
-
-
-def load(path: Path) -> Any:
-    """As torch loads it without trust."""
-    return torch.load(path, weights_only=True)
-
-
-def shadow(path: Path) -> dict[str, torch.Tensor]:
-    """The dense shadow weights in a checkpoint."""
-    payload = load(path)
-    return merge(payload["model"], payload["extra_state"][METADATA])
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def sparse_names(payload: Any) -> list[str]:
@@ -96,28 +80,6 @@ def test_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq, metho
         assert memory["lr_sum"] == states[1][name]["lr_sum"] == pytest.approx(6 * 0.01)
         if method == "asp":
             assert torch.equal(memory["state"]["mask"], states[1][name]["state"]["mask"])
-
-
-def test_sigterm_ends_with_a_checkpoint_and_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:
-    argv = arguments(corpus, tmp_path / "stopped", "--log-interval", "1", "--max-update", "100000")
-    with subprocess.Popen(
-        [sys.executable, "-m", "fairseq_cli.train", *argv], env=environment(), stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "num_updates=3" in line:
-                break
-        process.send_signal(signal.SIGTERM)
-        rest = process.stdout.read()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM at update" in rest
-    checkpoint = tmp_path / "stopped" / "checkpoint_last.pt"
-    stopped_at = load(checkpoint)["optimizer_history"][-1]["num_updates"]
-    assert 3 <= stopped_at < 100
-    total = str(stopped_at + 4)
-    for name in ("stopped", "straight"):
-        fairseq(arguments(corpus, tmp_path / name, "--log-interval", "1", "--max-update", total))
-    assert equal(*(shadow(tmp_path / name / "checkpoint_last.pt") for name in ("stopped", "straight")))
 
 
 def test_a_dense_checkpoint_of_fairseqs_own_is_a_start(corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:

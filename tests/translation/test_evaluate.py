@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from nm_sparsity.core import SparsityError, VerificationError
 from nm_sparsity.core.checkpoint import METADATA
-from nm_sparsity.translation import demo, recipes, study, train
+from nm_sparsity.translation import demo, study
 from nm_sparsity.translation import evaluate as module
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.average import Options as Average
@@ -118,49 +118,6 @@ def test_perplexity_is_that_of_the_model(text_corpus: Path, tmp_path: Path, fair
     assert result.perplexity == pytest.approx(torch.tensor(total / pieces).exp().item(), rel=1e-4)
     characters = len((text_corpus / "test.text").read_text())
     assert result.bits_per_character == pytest.approx(total / 0.6931471805599453 / characters, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", list(recipes.RECIPES))
-def test_a_recipe_is_a_command_line_that_fairseq_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fairseq import options
-    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-
-    recipe = recipes.get(name)
-    args = options.parse_args_and_arch(options.get_training_parser(), recipe.arguments())
-    cfg = convert_namespace_to_omegaconf(args)
-    assert cfg.task.nm_pattern == "2:4"
-    assert cfg.dataset.required_batch_size_multiple == 1
-    assert cfg.checkpoint.save_dir == f"runs/{name}"
-    assert (recipes.RECIPES[name].__doc__ or "").strip()
-
-
-def test_the_paper_setting_is_vaswanis_base() -> None:
-    fairseq = recipes.get("transformer_base_wmt14_2by4").fairseq
-    assert (fairseq["adam-betas"], fairseq["warmup-updates"], fairseq["label-smoothing"]) == ("(0.9, 0.98)", 4000, 0.1)
-    # The sum of learning rates that the recipe's lambda is chosen by.
-    total = 7e-4 * (sum(t / 4000 for t in range(4000)) + sum((4000 / t) ** 0.5 for t in range(4000, 100_000)))
-    assert total == pytest.approx(24, abs=0.5)
-
-
-def test_overrides_on_the_command_line() -> None:
-    config, more = train.from_command_line(
-        ["tiny_number_words", "--sparsity.method", "ste", "--sparsity.pattern", "1:4", "--max-update", "7", "--cpu"]
-    )
-    assert (config.sparsity.method, config.sparsity.pattern, config.sparsity.decay) == ("ste", "1:4", None)
-    assert more == ["--max-update", "7", "--cpu"]
-    with pytest.raises(SparsityError, match="unknown recipe"):
-        train.from_command_line(["tiny_numbers"])
-
-
-def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
-    asp = recipes.SparsityConfig(method="asp")
-    with pytest.raises(SparsityError, match="not a prepared corpus"):
-        train.train(recipes.Config(data=tmp_path, run=tmp_path / "run"))
-    with pytest.raises(SparsityError, match="ASP prunes a trained dense model: name its run with --init-from"):
-        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp))
-    with pytest.raises(SparsityError, match="there is no checkpoint"):
-        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt"))
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_study_is_done_once(

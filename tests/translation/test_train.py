@@ -1,0 +1,161 @@
+"""Recipes and the command that trains them: what it hands to fairseq, where it stops, and what it goes on from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq_tools import arguments, environment, equal, load, make_trainer, shadow
+
+from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
+from nm_sparsity.translation import recipes, train
+
+Fairseq = Callable[[list[str]], None]
+
+SMALL = [
+    "--encoder-layers",
+    "1",
+    "--decoder-layers",
+    "1",
+    "--max-tokens",
+    "600",
+    "--cpu",
+    "--log-interval",
+    "1",
+    "--lr-scheduler",
+    "fixed",
+    "--warmup-updates",
+    "0",
+]
+
+
+def updates(checkpoint: Path) -> int:
+    """The updates that made a checkpoint."""
+    count: int = load(checkpoint)["optimizer_history"][-1]["num_updates"]
+    return count
+
+
+@pytest.fixture(scope="module")
+def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.Config:
+    """A run of our command that SIGTERM ended after some updates."""
+    config = replace(recipes.get("tiny_number_words"), data=corpus, run=tmp_path_factory.mktemp("stopped") / "run")
+    where = ["--data", str(config.data), "--run", str(config.run)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "nm_sparsity.translation.train", "tiny_number_words", *where, *SMALL],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "num_updates=3" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at update" in rest
+    return config
+
+
+def test_resuming_after_sigterm_is_exact(stopped: recipes.Config, tmp_path: Path, fairseq: Fairseq) -> None:
+    shutil.copytree(stopped.run, tmp_path / "stopped")
+    done = updates(stopped.run / "checkpoint_last.pt")
+    assert 3 <= done < 100
+    for name in ("stopped", "straight"):
+        config = replace(stopped, run=tmp_path / name)
+        fairseq([*config.arguments(), *SMALL, "--max-update", str(done + 2)])
+    assert equal(*(shadow(tmp_path / name / "checkpoint_last.pt") for name in ("stopped", "straight")))
+
+
+def test_a_run_records_its_config_as_data(stopped: recipes.Config) -> None:
+    written = json.loads((stopped.run / recipes.CONFIG).read_text())
+    assert written["config"]["sparsity"]["pattern"] == "2:4"
+    assert written["fairseq"] == SMALL
+    assert written["corpus"]["languages"] == ["en", "de"]
+    assert recipes.recorded(stopped.run) == stopped.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"sparsity": SparsityConfig(decay=0.02)}, r"decay: 0\.0002 -> 0\.02"),
+        ({"sparsity": SparsityConfig(method="ste")}, r"method: sr-ste -> ste; decay: 0\.0002 -> None"),
+        ({"seed": 2}, "seed: 1 -> 2"),
+        ({"init_from": Path(__file__)}, "init_from: None -> "),
+    ],
+)
+def test_a_folder_with_another_run(stopped: recipes.Config, change: dict, named: str) -> None:
+    before = (stopped.run / recipes.CONFIG).read_text()
+    with pytest.raises(SparsityError, match=rf"holds another run \({named}.*choose another folder with --run"):
+        train.train(replace(stopped, **change))
+    assert (stopped.run / recipes.CONFIG).read_text() == before
+
+
+def test_fairseqs_own_command_resumes_no_other_method(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "checkpoint_last.pt", tmp_path)
+    for options, named in (["--nm-method", "ste"], "ste"), (["--nm-decay", "0.5"], "sr-ste and decay 0.5"):
+        with pytest.raises(CheckpointError, match=f"of a run with sr-ste and decay 0.0002, not {named}: choose"):
+            make_trainer(arguments(corpus, tmp_path, *options))
+
+
+def test_a_finished_run_trains_no_further(corpus: Path, trained: Path, tmp_path: Path, fairseq: Fairseq) -> None:
+    shutil.copy(trained / "checkpoint_last.pt", tmp_path)
+    for limit, expected in ("40", 40), ("20", 40), ("41", 41):
+        fairseq(arguments(corpus, tmp_path, "--max-update", limit))
+        assert updates(tmp_path / "checkpoint_last.pt") == expected
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+def test_a_recipe_is_a_command_line_that_fairseq_takes(name: str) -> None:
+    recipe = replace(recipes.get(name), seed=7)
+    args = options.parse_args_and_arch(options.get_training_parser(), recipe.arguments())
+    cfg = convert_namespace_to_omegaconf(args)
+    assert cfg.task.nm_pattern == "2:4"
+    assert cfg.common.seed == 7
+    assert cfg.dataset.required_batch_size_multiple == 1
+    assert cfg.checkpoint.save_dir == f"runs/{name}"
+    assert (recipes.RECIPES[name].__doc__ or "").strip()
+    if "tiny" in name:  # fairseq's language models keep 512 at both ends unless told
+        widths = {key: value for key, value in vars(args).items() if key.startswith("decoder_") and "put_dim" in key}
+        assert set(widths.values()) == {128}
+
+
+def test_the_paper_setting_is_vaswanis_base() -> None:
+    fairseq = recipes.get("transformer_base_wmt14_2by4").fairseq
+    assert (fairseq["adam-betas"], fairseq["warmup-updates"], fairseq["label-smoothing"]) == ("(0.9, 0.98)", 4000, 0.1)
+    # The sum of learning rates that the recipe's lambda is chosen by.
+    total = 7e-4 * (sum(t / 4000 for t in range(4000)) + sum((4000 / t) ** 0.5 for t in range(4000, 100_000)))
+    assert total == pytest.approx(24, abs=0.5)
+
+
+def test_overrides_on_the_command_line() -> None:
+    config, more = train.from_command_line(
+        ["tiny_number_words", "--sparsity.method", "ste", "--sparsity.pattern", "1:4", "--max-update", "7", "--cpu"]
+    )
+    assert (config.sparsity.method, config.sparsity.pattern, config.sparsity.decay) == ("ste", "1:4", None)
+    assert more == ["--max-update", "7", "--cpu"]
+    with pytest.raises(SparsityError, match="unknown recipe"):
+        train.from_command_line(["tiny_numbers"])
+
+
+def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
+    asp = SparsityConfig(method="asp")
+    with pytest.raises(SparsityError, match="not a prepared corpus"):
+        train.train(recipes.Config(data=tmp_path, run=tmp_path / "run"))
+    with pytest.raises(SparsityError, match="ASP prunes a trained dense model: name its run with --init-from"):
+        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp))
+    with pytest.raises(SparsityError, match="there is no checkpoint"):
+        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt"))
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(SparsityError, match="cannot make the folder .*file: File exists"):
+        train.train(recipes.Config(data=corpus, run=tmp_path / "file"))

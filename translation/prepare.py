@@ -35,6 +35,8 @@ Row = tuple[str, ...]
 SPLITS = ("train", "valid", "test")
 VOCABULARY = {"number-words": 256, "pydoc-topics": 2000, "libreoffice": 2000, "wmt14": 32000}
 MAX_WORDS = 250
+MAX_CHARACTERS = 1000
+"""Also where there are no spaces between words: a sentence has no more pieces than that, and models take 1,024."""
 MAX_RATIO = 3.0
 """Of the lengths of two sentences in characters, where the longer has more than 20."""
 
@@ -49,7 +51,11 @@ class Prepared:
     vocabulary: int
     seed: int
     sentences: dict[str, int] = field(default_factory=dict)
-    """By split, and what cleaning and the separation of the splits dropped."""
+    """By split, and how many were found, dropped by cleaning, and dropped as in two splits.
+
+    ``number-words`` and ``libreoffice`` are made without duplicates, and ``libreoffice`` is cleaned and cut down to its
+    easy sentences, before "found" is counted.
+    """
     sentencepiece: str = version("sentencepiece")
 
     @classmethod
@@ -80,9 +86,13 @@ def make_folder(folder: Path) -> None:
 
 
 def normalize(text: str) -> str:
-    """`text` in NFC, without control and soft-hyphen characters, on one line with single spaces."""
-    text = unicodedata.normalize("NFC", text)
-    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in text).split())
+    """`text` in NFC on one line with single spaces, without invisible characters such as soft hyphens."""
+    text = "".join(_INSTEAD.get(unicodedata.category(c), c) for c in text)
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+_INSTEAD = {"Cf": "", "Cc": " ", "Zl": " ", "Zp": " "}
+"""Format characters lie inside words, control characters and separators between them."""
 
 
 def sentence_key(text: str) -> str:
@@ -95,9 +105,10 @@ def clean(rows: Iterable[Row]) -> Iterator[Row]:
     for row in rows:
         texts = tuple(normalize(text) for text in row)
         lengths = [len(text) for text in texts]
+        too_long = max(lengths) > MAX_CHARACTERS or max(len(text.split()) for text in texts) > MAX_WORDS
         unequal = max(lengths) > 20 and max(lengths) > MAX_RATIO * min(lengths)
         untranslated = len(texts) > 1 and len(set(texts)) == 1
-        if all(texts) and not unequal and not untranslated and all(len(t.split()) <= MAX_WORDS for t in texts):
+        if all(texts) and not (too_long or unequal or untranslated):
             yield texts
 
 
@@ -107,6 +118,8 @@ def split(rows: list[Row], held_out: int | None, seed: int, *, shuffle: bool = T
     Raises:
         SparsityError: if too few would remain.
     """
+    if held_out is not None and held_out < 1:
+        raise SparsityError(f"--held-out must be at least 1, found {held_out}")
     size = min(500, len(rows) // 10) if held_out is None else held_out
     if not 0 < size <= len(rows) // 4:
         raise SparsityError(
@@ -170,20 +183,22 @@ def unique(rows: Iterable[Row]) -> list[Row]:
     return kept
 
 
-def learn_bpe(sentences: Iterable[str], vocabulary: int) -> bytes:
-    """A sentencepiece BPE model of `vocabulary` pieces, serialized.
+def learn_bpe(sentences: Iterable[str], vocabulary: int | None) -> bytes:
+    """A sentencepiece BPE model of `vocabulary` pieces, serialized; by default of 8,000, or fewer if there are no more.
 
     Raises:
         SparsityError: if the text has fewer possible pieces, or more characters.
     """
     model = io.BytesIO()
+    size = 8000 if vocabulary is None else vocabulary
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocabulary,
-            character_coverage=1.0 if vocabulary < 10_000 else 0.9999,
+            vocab_size=size,
+            hard_vocab_limit=vocabulary is not None,
+            character_coverage=1.0 if size < 10_000 else 0.9999,
             normalization_rule_name="identity",
             input_sentence_size=5_000_000,
             shuffle_input_sentence=True,
@@ -242,7 +257,7 @@ def prepare(
     *,
     corpus: str,
     languages: list[str],
-    vocabulary: int,
+    vocabulary: int | None = None,
     held_out: int | None = None,
     seed: int = 0,
 ) -> Prepared:
@@ -253,13 +268,12 @@ def prepare(
         out: a folder that does not exist yet; it appears only when complete.
 
     Raises:
-        SparsityError: if `out` exists, or nothing is left to train on.
+        SparsityError: if `out` exists or cannot be made, or nothing is left to train on.
     """
-    if out.exists():
-        raise SparsityError(f"{out} exists: remove it or choose another --out")
+    check_free(out)
     if isinstance(rows, dict):
         found = sum(map(len, rows.values()))
-        # The published valid and test sets are scored as they are.
+        # Nothing is cleaned away from published valid and test sets.
         splits = {n: list(clean(r)) if n == "train" else [tuple(map(normalize, x)) for x in r] for n, r in rows.items()}
     else:
         found = len(rows)
@@ -270,19 +284,35 @@ def prepare(
     kept = sum(counts.values())
     counts |= {"found": found, "dropped by cleaning": found - cleaned, "dropped as in two splits": cleaned - kept}
 
+    bpe = learn_bpe((text for row in splits["train"] for text in row), vocabulary)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=bpe).get_piece_size()
+    prepared = Prepared(corpus, languages, pieces, seed, counts)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in SPLITS:
-        for column, language in enumerate(languages):
-            text = "".join(f"{row[column]}\n" for row in splits[name])
-            (partial / f"{name}.{language}").write_text(text, "utf-8")
-    (partial / "spm.model").write_bytes(learn_bpe((text for row in splits["train"] for text in row), vocabulary))
-    binarize(partial, languages)
-    prepared = Prepared(corpus, languages, vocabulary, seed, counts)
-    (partial / "prepared.json").write_text(json.dumps(asdict(prepared), indent=2) + "\n")
-    os.replace(partial, out)
+    make_folder(partial)
+    try:
+        for name in SPLITS:
+            for column, language in enumerate(languages):
+                text = "".join(f"{row[column]}\n" for row in splits[name])
+                (partial / f"{name}.{language}").write_text(text, "utf-8")
+        (partial / "spm.model").write_bytes(bpe)
+        binarize(partial, languages)
+        (partial / "prepared.json").write_text(json.dumps(asdict(prepared), indent=2) + "\n")
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return prepared
+
+
+def check_free(out: Path) -> None:
+    """Before any work is done.
+
+    Raises:
+        SparsityError: if `out` exists, or the folder it is to lie in cannot be made.
+    """
+    if out.exists():
+        raise SparsityError(f"{out} exists: remove it or choose another --out")
+    make_folder(out.parent)
 
 
 def prepare_corpus(
@@ -309,9 +339,28 @@ def prepare_corpus(
     return prepare(rows, out, corpus=name, languages=languages, seed=seed, **settings)
 
 
+def _languages(given: Iterable[str | None], paths: Iterable[Path]) -> list[str]:
+    """Source and target language, as given or as the files tell.
+
+    Raises:
+        SparsityError: if one is no language code, cannot be told, or both are the same.
+    """
+    found = [_language(name, path) for name, path in zip(given, paths, strict=True)]
+    if len(set(found)) == 1:
+        raise SparsityError(
+            f'source and target are both in "{found[0]}"; name their languages with --source-lang and --target-lang'
+        )
+    return found
+
+
 def _language(given: str | None, path: Path) -> str:
-    for guess in (given, path.suffix[1:], path.stem):
-        if guess and guess != "txt" and re.fullmatch(r"[a-z]{2,3}(_[A-Z]{2})?", guess):
+    code = re.compile(r"[a-z]{2,3}(_[A-Z]{2})?")
+    if given is not None:
+        if not code.fullmatch(given):
+            raise SparsityError(f'"{given}" is not a language code such as en or pt_BR')
+        return given
+    for guess in (path.suffix[1:], path.stem):
+        if guess != "txt" and code.fullmatch(guess):
             return guess
     raise SparsityError(f"cannot tell the language of {path}: name it with --source-lang / --target-lang")
 
@@ -328,15 +377,19 @@ def main() -> None:
     parser.add_argument("--target-lang")
     parser.add_argument("--text", type=Path, help="plain text for a language model, instead of a parallel corpus")
     parser.add_argument("--folder", type=Path, default=Path("data"), help="wmt14's raw files; cache of libreoffice")
-    parser.add_argument("--vocabulary", type=int, help="pieces of the joint BPE (default 8000 for your own text)")
+    parser.add_argument(
+        "--vocabulary", type=int, help="pieces of the joint BPE (default for your own text: 8000, or what it allows)"
+    )
     parser.add_argument(
         "--held-out", type=int, help="sentences of each of valid and test (default a tenth, at most 500)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     changes = {"vocabulary": args.vocabulary, "held_out": args.held_out}
-    if sum(map(bool, (args.corpus, args.source and args.target, args.text))) != 1:
+    kinds = (args.corpus, args.source or args.target, args.text)
+    if sum(map(bool, kinds)) != 1 or bool(args.source) != bool(args.target):
         raise SparsityError(f"give either a corpus ({', '.join(VOCABULARY)}), --source and --target, or --text")
+    check_free(args.out)
     if args.corpus:
         prepared = prepare_corpus(args.corpus, args.out, folder=args.folder, seed=args.seed, **changes)
     else:
@@ -346,15 +399,14 @@ def main() -> None:
             languages = ["text"]
         else:
             rows = list(corpora.read_pairs(args.source, args.target))
-            languages = [_language(args.source_lang, args.source), _language(args.target_lang, args.target)]
+            languages = _languages((args.source_lang, args.target_lang), (args.source, args.target))
         prepared = prepare(
             rows,
             args.out,
             corpus=str(args.text or args.source),
             languages=languages,
-            vocabulary=args.vocabulary or 8000,
-            held_out=args.held_out,
             seed=args.seed,
+            **changes,
         )
     print(json.dumps(asdict(prepared), indent=2))
 

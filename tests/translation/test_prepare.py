@@ -70,9 +70,15 @@ def test_normalized_text_is_one_line(text: str) -> None:
     assert once == once.strip()
 
 
+def test_invisible_characters_do_not_cut_words() -> None:
+    assert normalize("Sil\u00adbe, two\u200cparts,\u2060 a\u200db\ufeff") == "Silbe, twoparts, ab"
+    assert normalize("one\ttwo\u2028three\x00four") == "one two three four"
+    assert normalize("e\u200d\u0301") == "é"
+
+
 def test_cleaning_drops_what_cannot_be_a_translation() -> None:
     good = ("a  fine\u00a0sentence", "ein guter Satz")
-    bad = [("", "x"), ("same", "same"), ("x " * 300, "y " * 300), ("a " * 30, "b")]
+    bad = [("", "x"), ("same", "same"), ("x " * 300, "y " * 300), ("a " * 30, "b"), ("x" * 1001, "y" * 1001)]
     assert list(clean([good, *bad])) == [("a fine sentence", "ein guter Satz")]
     assert list(clean([("Cafe\u0301", "Kaffee")])) == [("Café", "Kaffee")]
 
@@ -84,6 +90,9 @@ def test_split_takes_all_and_needs_enough() -> None:
     assert sorted(row for part in splits.values() for row in part) == sorted(found)
     with pytest.raises(SparsityError, match=r"100 sentences are left .* too few to set 40 aside"):
         split(found, 40, seed=0)
+    for size in (0, -3):
+        with pytest.raises(SparsityError, match=f"--held-out must be at least 1, found {size}"):
+            split(found, size, seed=0)
 
 
 def test_the_binaries_are_the_text(corpus: Path) -> None:
@@ -135,6 +144,9 @@ def test_a_vocabulary_that_does_not_fit(tmp_path: Path) -> None:
 def test_what_is_there_stays_there(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(SparsityError, match="exists: remove it"):
         prepare([], corpus, corpus="x", languages=["en", "de"], vocabulary=100)
+    (tmp_path / "file").touch()
+    with pytest.raises(SparsityError, match=r"cannot make the folder .*file: .*; choose another place"):
+        prepare([], tmp_path / "file" / "out", corpus="x", languages=["en", "de"])
     with pytest.raises(SparsityError, match="not a prepared corpus"):
         Prepared.read(tmp_path)
     with pytest.raises(SparsityError, match='unknown corpus "wmt15"; known: number-words'):
@@ -161,10 +173,34 @@ def test_the_command_line(tmp_path: Path) -> None:
         (tmp_path / name).write_text("".join(f"{pair[column]}\n" for pair in pairs))
     files = ["--source", str(tmp_path / "text.en"), "--target", str(tmp_path / "text.de")]
     command = "nm_sparsity.translation.prepare"
-    printed = in_subprocess(command, [*files, "--vocabulary", "100", "--out", str(tmp_path / "out")]).stdout
-    assert json.loads(printed)["languages"] == ["en", "de"]
+    printed = json.loads(in_subprocess(command, [*files, "--out", str(tmp_path / "out")]).stdout)
+    assert printed["languages"] == ["en", "de"]
+    assert 100 < printed["vocabulary"] < 8000  # as much as so little text allows
     (tmp_path / "text.de").write_text("zu kurz\n")
     refused = in_subprocess(command, [*files, "--out", str(tmp_path / "again")], status=1)
     assert refused.stderr.startswith("error: ")
     assert "has 200 lines" in refused.stderr
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--source a.en --target b.en", 'source and target are both in "en"'),
+        ("--source a.en --target b.de --target-lang german", '"german" is not a language code such as en or pt_BR'),
+        ("--source a.txt --target b.de --target-lang de", "cannot tell the language of a.txt"),
+        ("number-words --source a.en", "give either a corpus"),
+        ("--source a.en", "give either a corpus"),
+        ("--source a.en --target b.de --vocabulary 0", "--vocabulary 0 "),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    options: str, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, column in ("a.en", 0), ("b.en", 0), ("a.txt", 0), ("b.de", 1):
+        Path(name).write_text("".join(f"{pair[column]}\n" for pair in corpora.number_words(40, 0)))
+    monkeypatch.setattr(module.sys, "argv", ["prepare", *options.split(), "--out", "out"])
+    assert module.main() == 1
+    assert complaint in capsys.readouterr().err
+    assert not list(tmp_path.glob("out*"))

@@ -16,9 +16,10 @@ import torch
 import tyro
 
 from nm_sparsity.core import CheckpointError, keep_largest, verify
-from nm_sparsity.core.checkpoint import METADATA, load, merge, save
+from nm_sparsity.core.checkpoint import METADATA, merge, save
 from nm_sparsity.core.errors import command_line
-from nm_sparsity.translation.trainer import EMA
+from nm_sparsity.translation.plugin import DICTIONARIES
+from nm_sparsity.translation.trainer import EMA, read
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,21 @@ def average(options: Options) -> dict[str, Any]:
     """Average, mask, write and verify; returns what was written.
 
     Raises:
-        CheckpointError: if a file is damaged, of another model or pattern, or has no moving average.
+        CheckpointError: if a file is damaged, of another model, pattern or dictionary, or has no moving average.
     """
     if not options.inputs:
         raise CheckpointError("name at least one checkpoint")
     total: dict[str, torch.Tensor] = {}
     payload: dict[str, Any] = {}
     for path in options.inputs:
-        before, payload = payload, load(path)
+        before, payload = payload, read(path)
         weights, metadata = _shadow(payload, path, options.ema)
         if before and _table(before) != _table(payload):
             raise CheckpointError(f"{path} is not sparse in the same way as {options.inputs[0]}")
         if total and {n: t.shape for n, t in total.items()} != {n: t.shape for n, t in weights.items()}:
             raise CheckpointError(f"{path} is of another model than {options.inputs[0]}: names or shapes differ")
+        if before and _dictionaries(before) != _dictionaries(payload):
+            raise CheckpointError(f"{path} was trained with another dictionary than {options.inputs[0]}")
         for name, value in weights.items():
             # In double precision, so that the order of the files does not matter.
             total[name] = total.get(name, 0) + value.double()
@@ -65,7 +68,7 @@ def average(options: Options) -> dict[str, Any]:
         "model": model,
         "cfg": {**payload["cfg"], "task": task},
         "extra_state": extra,
-        "task_state": {},
+        "task_state": _dictionaries(payload),
         "last_optimizer_state": None,
     }
     save(options.output, result)
@@ -78,10 +81,15 @@ def _table(payload: dict[str, Any]) -> object:
     return payload["extra_state"][METADATA]["layers"]
 
 
-def _shadow(payload: Any, path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _dictionaries(payload: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate` checks; fairseq's own task keeps it and does not look."""
+    return {key: value for key, value in payload["task_state"].items() if key == DICTIONARIES}
+
+
+def _shadow(payload: dict[str, Any], path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Dense shadow weights and metadata of a checkpoint file."""
-    extra = payload.get("extra_state", {}) if isinstance(payload, dict) else {}
-    if METADATA not in extra or "cfg" not in payload:
+    extra = payload["extra_state"]
+    if METADATA not in extra:
         raise CheckpointError(f"{path} is not a checkpoint of nm_translation or nm_language_modeling")
     if not ema:
         return merge(payload["model"], extra[METADATA]), extra[METADATA]

@@ -7,7 +7,6 @@ the very same output. Everything also goes to ``RUN/evaluation.json``.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import re
@@ -27,13 +26,16 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import nn
 
 from nm_sparsity.core import SparsityError, VerificationError, finalize, frozen, verify
-from nm_sparsity.core.checkpoint import METADATA, load
+from nm_sparsity.core.checkpoint import METADATA
 from nm_sparsity.core.errors import command_line
 from nm_sparsity.core.layers import sparse_layers
 from nm_sparsity.core.run import write_json
 from nm_sparsity.core.table import format_table
 from nm_sparsity.translation.corpora import read_lines
+from nm_sparsity.translation.plugin import check_dictionaries
 from nm_sparsity.translation.prepare import Prepared, check_separate
+from nm_sparsity.translation.recipes import checkpoint_of, recorded
+from nm_sparsity.translation.trainer import read
 
 EVALUATION = "evaluation.json"
 LENGTHS = (5, 10, 20, 30, 40)
@@ -58,6 +60,14 @@ class Options:
     """Translations to show."""
     pattern: Annotated[str | None, tyro.conf.arg(metavar="N:M")] = None
     """What the weights are expected to be; default: what the run was trained with."""
+
+    def __post_init__(self) -> None:
+        if self.subset not in ("valid", "test"):
+            raise SparsityError(f'subset must be "valid" or "test", found "{self.subset}"')
+        for name, least in (("beam", 1), ("samples", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SparsityError(f"{name} must be at least {least}, found {value}")
 
 
 @dataclass
@@ -86,21 +96,21 @@ class Perplexity:
     pieces: int
 
 
-def load_run(checkpoint: Path, data: Path | None) -> tuple[Any, Any, Any]:
-    """Model, task and fairseq config of a checkpoint, in eval mode, on the GPU if there is one.
+def load_run(checkpoint: Path, data: Path) -> tuple[Any, Any]:
+    """Model and task of a checkpoint with the prepared folder `data`, in eval mode, on the GPU if there is one.
 
     Raises:
         CheckpointError: if the file is damaged, or of another dictionary than `data`.
     """
-    load(checkpoint)
-    overrides = {} if data is None else {"data": str(data / "bin")}
-    models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], overrides)
+    state = read(checkpoint)["task_state"]
+    models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], {"data": str(data / "bin")})
+    check_dictionaries(task, state)
     model = models[0]
     model.eval()
     if torch.cuda.is_available():
         model.cuda()
     model.prepare_for_inference_(config)
-    return model, task, config
+    return model, task
 
 
 def translate(model: Any, task: Any, subset: str, beam: int, lenpen: float) -> list[str]:
@@ -179,18 +189,21 @@ def evaluate(options: Options) -> Translated | Perplexity:
         SparsityError: if the data or the checkpoint does not fit, or test sentences are in the training text.
         VerificationError: if a weight breaks its pattern, or the finalized model translates differently.
     """
-    checkpoint = options.run / "checkpoint_best.pt" if options.run.is_dir() else options.run
-    metadata = load(checkpoint).get("extra_state", {}).get(METADATA, {})
-    sparse = bool(metadata.get("layers"))
+    checkpoint = checkpoint_of(options.run)
+    payload = read(checkpoint)
+    sparse = bool(payload["extra_state"].get(METADATA, {}).get("layers"))
     if sparse or options.pattern:
         verify(checkpoint, options.pattern)
-    model, task, config = load_run(checkpoint, options.data)
-    folder = options.data or Path(config.task.data).parent
+    folder = options.data or Path(payload["cfg"]["task"]["data"]).parent
+    if not folder.is_dir():
+        raise SparsityError(
+            f"there is no folder {folder}, which {checkpoint} was trained on (relative to where that was): name it "
+            "with --data"
+        )
     prepared = Prepared.read(folder)
+    model, task = load_run(checkpoint, folder)
     check_separate(folder, prepared.languages)
-    if options.subset not in ("valid", "test"):
-        raise SparsityError(f'subset must be "valid" or "test", found "{options.subset}"')
-    decoding = _decoding(options)
+    decoding = _decoding(options, checkpoint.parent) if len(prepared.languages) == 2 else {}
     texts = [read_lines(folder / f"{options.subset}.{language}") for language in prepared.languages]
 
     def run() -> tuple[object, Translated | Perplexity]:
@@ -223,14 +236,11 @@ def evaluate(options: Options) -> Translated | Perplexity:
     return result
 
 
-def _decoding(options: Options) -> dict[str, Any]:
+def _decoding(options: Options, run: Path) -> dict[str, Any]:
     """Beam and length penalty: as asked for, or the recipe's, or fairseq's own."""
-    recipe = options.run / "config.json"
-    known = json.loads(recipe.read_text())["config"] if recipe.is_file() else {}
-    return {
-        "beam": options.beam or known.get("beam", 5),
-        "lenpen": known.get("lenpen", 1.0) if options.lenpen is None else options.lenpen,
-    }
+    asked = {"beam": options.beam, "lenpen": options.lenpen}
+    known = {"beam": 5, "lenpen": 1.0, **recorded(run)}
+    return {name: known[name] if value is None else value for name, value in asked.items()}
 
 
 def show(result: Translated | Perplexity) -> str:

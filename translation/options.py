@@ -56,6 +56,10 @@ def sparsity_config(task_config: Any) -> SparsityConfig:
         SparsityError: for a value out of range.
     """
     values = {f.name: getattr(task_config, PREFIX + f.name) for f in dataclasses.fields(SparsityConfig)}
+    if str(values["pattern"]).isdigit():
+        raise SparsityError(
+            f'nm_pattern is the number {values["pattern"]}: YAML reads N:M as one of base 60, so quote it: "2:4"'
+        )
     for name in ("include", "exclude"):
         values[name] = _list(values[name])
     patterns = {}

@@ -26,6 +26,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, frozen
+from nm_sparsity.core.decay import decay_strength
 from nm_sparsity.translation import trainer
 from nm_sparsity.translation.options import add_options, sparsity_config
 
@@ -36,6 +37,10 @@ LAYERS = ("encoder.layers", "decoder.layers")
 
 # fairseq puts its options into checkpoints as they come from the command line; torch >= 2.6 must be told they are safe.
 torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+DICTIONARIES = "nm_dictionaries"
+"""Key in a checkpoint's ``task_state``: what tells one dictionary from another of the same size."""
 
 
 class SparseTask:
@@ -101,7 +106,7 @@ class SparseTask:
             raise SystemExit(128 + signal.SIGTERM)
 
     def optimizer_step(self, optimizer: Any, model: torch.nn.Module, update_num: int) -> None:
-        """fairseq's; every ``--log-interval`` updates with the SAD of this update and its flip rate."""
+        """fairseq's; every ``--log-interval`` updates with this update's SAD and flip rate, and lambda * sum(lr)."""
         due = (update_num + 1) % self.nm_config.log_interval == 0
         tracker = MaskTracker(trainer.unwrap(model)) if due else None
         super().optimizer_step(optimizer, model, update_num)  # type: ignore[misc]
@@ -110,6 +115,9 @@ class SparseTask:
             if flips.sad:
                 metrics.log_scalar("sad", flips.total_sad, priority=600, round=0)
                 metrics.log_scalar("flip_rate", flips.rate, priority=601, round=6)
+            if (strength := decay_strength(trainer.unwrap(model))) is not None:
+                # Of weight 0: the latest, not the mean.
+                metrics.log_scalar("decay_strength", strength, weight=0, priority=602, round=6)
 
     def valid_step(self, sample: Any, model: torch.nn.Module, criterion: Any) -> Any:
         """fairseq's, with each mask computed once."""
@@ -124,8 +132,8 @@ class SparseTask:
             return super().inference_step(generator, models, *args, **kwargs)  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
-        """Goes into checkpoints: what tells one dictionary from another of the same size."""
-        return {**super().state_dict(), "nm_dictionaries": self._digests()}  # type: ignore[misc]
+        """Goes into checkpoints."""
+        return {**super().state_dict(), DICTIONARIES: _digests(self)}  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check and take what `state_dict` returned.
@@ -133,23 +141,10 @@ class SparseTask:
         Raises:
             CheckpointError: if the model was trained with other dictionaries.
         """
-        there = state_dict.get("nm_dictionaries")
-        if there is not None and there != (here := self._digests()):
-            sides = [side for side in here if there.get(side) != here[side]]
-            raise CheckpointError(
-                f"the checkpoint was trained with another {' and '.join(sides)} dictionary than the one in "
-                f"{self.nm_config.data}; give the folder that it was trained on"
-            )
+        check_dictionaries(self, state_dict)
         super().load_state_dict(  # type: ignore[misc]
-            {key: value for key, value in state_dict.items() if key != "nm_dictionaries"}
+            {key: value for key, value in state_dict.items() if key != DICTIONARIES}
         )
-
-    def _digests(self) -> dict[str, str]:
-        sides: dict[str, Dictionary] = {"source": self.source_dictionary, "target": self.target_dictionary}  # type: ignore[attr-defined]
-        return {
-            side: hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest()
-            for side, dictionary in sides.items()
-        }
 
 
 @register_task("nm_translation", dataclass=add_options(TranslationConfig))
@@ -160,6 +155,28 @@ class NMTranslationTask(SparseTask, TranslationTask):
 @register_task("nm_language_modeling", dataclass=add_options(LanguageModelingConfig))
 class NMLanguageModelingTask(SparseTask, LanguageModelingTask):
     """fairseq's ``language_modeling`` with an N:M sparse Transformer."""
+
+
+def check_dictionaries(task: Any, state_dict: dict[str, Any]) -> None:
+    """Hold that `task`, ours or fairseq's own, has the dictionaries of the checkpoint with the ``task_state`` given.
+
+    Raises:
+        CheckpointError: if the model was trained with others.
+    """
+    there, here = state_dict.get(DICTIONARIES), _digests(task)
+    if there is not None and there != here:
+        sides = [side for side in here if there.get(side) != here[side]]
+        raise CheckpointError(
+            f"the checkpoint was trained with another {' and '.join(sides)} dictionary than this data has; give the "
+            "folder that it was trained on"
+        )
+
+
+def _digests(task: Any) -> dict[str, str]:
+    sides: dict[str, Dictionary] = {"source": task.source_dictionary, "target": task.target_dictionary}
+    return {
+        side: hashlib.sha256("\n".join(dictionary.symbols).encode()).hexdigest() for side, dictionary in sides.items()
+    }
 
 
 def _check_precision(config: Any) -> None:
@@ -179,10 +196,11 @@ def _check_precision(config: Any) -> None:
 def _check_data(config: Any) -> None:
     """A clear line for what is fairseq's FileNotFoundError or failed inference of the languages."""
     folder = Path(str(config.data).split(":")[0])
-    dictionaries = sorted(path.name for path in folder.glob("dict*.txt"))
+    kind, files = ("translation", "dict.*.txt") if hasattr(config, "source_lang") else ("a language model", "dict.txt")
+    dictionaries = sorted(path.name for path in folder.glob(files))
     if not dictionaries:
         raise SparsityError(
-            f"{folder} holds no data for fairseq (no dict*.txt); make some with "
+            f"{folder} holds no data for {kind} (no {files}); make some with "
             "python -m nm_sparsity.translation.prepare and give its bin folder"
         )
     languages = [getattr(config, f"{side}_lang", None) for side in ("source", "target")]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nm_sparsity.core import SparsityConfig, SparsityError
+from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.options import as_options
 
@@ -43,8 +43,7 @@ class Config:
     @property
     def checkpoint_to_start_from(self) -> Path | None:
         """`init_from` as a file."""
-        start = self.init_from
-        return start / "checkpoint_best.pt" if start is not None and start.is_dir() else start
+        return None if self.init_from is None else checkpoint_of(self.init_from)
 
     def arguments(self) -> list[str]:
         """The arguments of the plain ``fairseq-train`` command that this run stands for."""
@@ -70,6 +69,21 @@ class Config:
         return tree
 
 
+def checkpoint_of(run: Path) -> Path:
+    """The best checkpoint of a run folder; a checkpoint file itself.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    best, last = run / "checkpoint_best.pt", run / "checkpoint_last.pt"
+    if not run.is_dir():
+        best = run
+    if best.is_file():
+        return best
+    instead = f"; training has not come to a validation yet: {last} is what there is" * last.is_file()
+    raise CheckpointError(f"there is no checkpoint {best}{instead}")
+
+
 def recorded(run: Path) -> dict[str, Any]:
     """The config in a run folder, as `Config.to_dict` gave it; empty if there is none.
 
@@ -91,13 +105,11 @@ def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
     How long to train and how to decode may change.
     """
-    trees = [
+    before, now = (
         {**{name: tree.get(name) for name in ("data", "seed", "init_from")}, **tree["sparsity"]}
         for tree in (there, here)
-    ]
-    return [
-        f"{name}: {trees[0].get(name)} -> {value}" for name, value in trees[1].items() if trees[0].get(name) != value
-    ]
+    )
+    return [f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
 
 
 RECIPES: dict[str, Callable[[], Config]] = {}

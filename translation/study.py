@@ -88,9 +88,11 @@ def conduct(study: Study) -> list[dict[str, Any]]:
     """Do what is not done yet; the evaluations of all runs, with method, pattern and seed.
 
     Raises:
-        SparsityError: if a run fails, with the end of its log.
+        SparsityError: if a run fails, with the end of its log, or the recipe is of a language model.
     """
     recipe = recipes.get(study.recipe)
+    if recipe.fairseq["task"] != "nm_translation":
+        raise SparsityError(f"{study.recipe} is a language model; a study compares translations")
     if not recipe.data.exists():
         print(f"preparing {recipe.data.name}", flush=True)
         prepare_corpus(recipe.data.name, recipe.data)

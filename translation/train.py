@@ -62,10 +62,7 @@ def train(config: Config, more: Sequence[str] = ()) -> None:
         SystemExit: with status 143 after SIGTERM, once the checkpoint is written.
     """
     prepared = Prepared.read(config.data)
-    start = config.checkpoint_to_start_from
-    if start is not None and not start.is_file():
-        raise SparsityError(f"there is no checkpoint {start} to start from; train the dense model first")
-    if config.sparsity.method == "asp" and start is None:
+    if config.sparsity.method == "asp" and config.init_from is None:
         raise SparsityError("ASP prunes a trained dense model: name its run with --init-from")
     arguments = [*config.arguments(), *more]
     _check_folder(config)

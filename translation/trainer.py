@@ -53,6 +53,19 @@ def unwrap(model: Any) -> torch.nn.Module:
     return model
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint file of fairseq's, this plug-in's or not.
+
+    Raises:
+        CheckpointError: if it is missing, damaged, or of something else.
+    """
+    payload = load(path)
+    parts = {"cfg": dict, "model": dict, "optimizer_history": list, "extra_state": dict, "task_state": dict}
+    if not isinstance(payload, dict) or not all(isinstance(payload.get(name), kind) for name, kind in parts.items()):
+        raise CheckpointError(f"{path} is not a checkpoint of fairseq's: it needs {', '.join(parts)}")
+    return payload
+
+
 def save_checkpoint(self: Any, filename: str, extra_state: dict[str, Any]) -> str | None:
     """`Trainer.save_checkpoint`: masked weights, and beside them what a resume needs; written atomically."""
     if not hasattr(self.task, "nm_config"):

@@ -59,6 +59,7 @@ def test_progress_log_and_tensorboard_show_the_flips(trained: Path) -> None:
     log = (trained / "train.log").read_text()
     assert "sad=" in log
     assert "flip_rate=" in log
+    assert f"decay_strength={round(2e-4 * 40 * 0.01, 6)}" in log  # lambda * sum(lr)
     assert "26 of" in log  # the table of sparse layers
     events = EventAccumulator(str(trained / "tensorboard" / "train_inner")).Reload()
     assert [point.step for point in events.Scalars("sad")] == list(range(5, 41, 5))
@@ -145,7 +146,7 @@ def stock(module: str, argv: list[str], **kwargs: Any) -> str:
 
 
 def test_a_fairseq_without_this_package_translates_the_same(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    model, task, _ = load_run(trained / "checkpoint_best.pt", corpus)
+    model, task = load_run(trained / "checkpoint_best.pt", corpus)
     ours = translate(model, task, "test", beam=2, lenpen=1.0)
     average(Options((trained / "checkpoint_best.pt",), tmp_path / "exported.pt"))
     decoding = [
@@ -258,8 +259,16 @@ def test_a_checkpoint_of_another_dictionary(corpus: Path, trained: Path, tmp_pat
         dictionary = other / "bin" / f"dict.{language}.txt"
         lines = dictionary.read_text().splitlines()
         dictionary.write_text("\n".join(lines[::-1]) + "\n")
-    with pytest.raises(CheckpointError, match="trained with another source and target dictionary"):
-        load_run(trained / "checkpoint_last.pt", other)
+    average(Options((trained / "checkpoint_last.pt",), tmp_path / "average.pt"))
+    for path in (trained / "checkpoint_last.pt", tmp_path / "average.pt"):
+        assert load_run(path, corpus)
+        with pytest.raises(CheckpointError, match="trained with another source and target dictionary"):
+            load_run(path, other)
+    payload = load(trained / "checkpoint_last.pt")
+    payload["task_state"]["nm_dictionaries"]["source"] = "of another one"
+    torch.save(payload, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt was trained with another dictionary than .*last\.pt"):
+        average(Options((trained / "checkpoint_last.pt", tmp_path / "other.pt"), tmp_path / "average.pt"))
     shutil.copy(trained / "checkpoint_last.pt", tmp_path)
     with pytest.raises(CheckpointError, match="trained with another source and target dictionary"):
         make_trainer(arguments(other, tmp_path))

@@ -8,20 +8,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from fairseq_tools import arguments, environment, in_subprocess, lm_arguments
+from fairseq_tools import arguments, environment, in_subprocess
 from torch.nn import functional as F
 
 from nm_sparsity.core import SparsityError, VerificationError
 from nm_sparsity.core.checkpoint import METADATA
-from nm_sparsity.translation import demo, study
+from nm_sparsity.translation import demo, recipes, study
 from nm_sparsity.translation import evaluate as module
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.average import Options as Average
 from nm_sparsity.translation.average import average
+from nm_sparsity.translation.corpora import read_lines
 from nm_sparsity.translation.evaluate import (
     EVALUATION,
     Options,
@@ -91,6 +93,65 @@ def test_what_is_not_sparse_is_not_called_so(corpus: Path, trained: Path, tmp_pa
         evaluate(Options(trained / "checkpoint_best.pt", data=corpus, pattern="1:4"))
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda payload: [1], "is not a checkpoint of fairseq's"),
+        (lambda payload: payload["model"], "is not a checkpoint of fairseq's"),
+        (lambda payload: {**payload, "extra_state": None}, "is not a checkpoint of fairseq's"),
+        (lambda payload: {**payload, "cfg": {"task": {"data": "data/x/bin"}}}, r"no folder data/x, .* with --data"),
+    ],
+)
+def test_what_is_no_run(
+    trained: Path, tmp_path: Path, change: Callable, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(change(torch.load(trained / "checkpoint_best.pt", weights_only=True)), "file.pt")
+    with pytest.raises(SparsityError, match=complaint):
+        evaluate(Options(Path("file.pt")))
+    if "fairseq" in complaint:
+        with pytest.raises(SparsityError, match=complaint):
+            average(Average((Path("file.pt"),), Path("average.pt")))
+
+
+def test_a_run_without_a_validation_yet(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "checkpoint_last.pt", tmp_path)
+    with pytest.raises(SparsityError, match=r"no checkpoint .*best\.pt; .*checkpoint_last\.pt is what there is"):
+        evaluate(Options(tmp_path, data=corpus))
+
+
+@pytest.mark.parametrize("option", [{"beam": 0}, {"beam": -2}, {"samples": -1}, {"subset": "train"}])
+def test_options_out_of_range(option: dict, tmp_path: Path) -> None:
+    with pytest.raises(SparsityError, match=f"^{next(iter(option))} must be"):
+        Options(tmp_path, **option)
+
+
+def test_a_file_is_decoded_as_its_run(
+    corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(module, "translate", lambda *_, **how: seen.append(how) or read_lines(corpus / "test.de"))
+    shutil.copy(trained / "checkpoint_best.pt", tmp_path / "best.pt")
+    config = recipes.Config(beam=3, lenpen=0.6)
+    (tmp_path / recipes.CONFIG).write_text(json.dumps({"config": config.to_dict()}))
+    evaluate(Options(tmp_path / "best.pt", data=corpus))
+    assert seen[0] == {"beam": 3, "lenpen": 0.6}
+    for damaged in ("{}", "{", '{"config": 1}'):
+        (tmp_path / recipes.CONFIG).write_text(damaged)
+        with pytest.raises(SparsityError, match=r"config\.json is not the config of a run of ours"):
+            evaluate(Options(tmp_path / "best.pt", data=corpus))
+
+
+def test_wmt14_also_gets_the_bleu_of_papers(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "wmt14")
+    prepared = json.loads((corpus / "prepared.json").read_text())
+    (tmp_path / "wmt14" / "prepared.json").write_text(json.dumps({**prepared, "corpus": "wmt14"}))
+    result = evaluate(Options(trained / "checkpoint_best.pt", data=tmp_path / "wmt14", beam=1))
+    assert isinstance(result, Translated)
+    assert result.compound_split_bleu is not None
+    assert "with split compounds (13a): compare with no other" in show(result)
+
+
 def test_leaked_test_sentences_stop_the_evaluation(corpus: Path, trained: Path, tmp_path: Path) -> None:
     leaky = tmp_path / "leaky"
     shutil.copytree(corpus, leaky)
@@ -100,12 +161,23 @@ def test_leaked_test_sentences_stop_the_evaluation(corpus: Path, trained: Path, 
         evaluate(Options(trained, data=leaky))
 
 
-def test_perplexity_is_that_of_the_model(text_corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:
+def test_perplexity_is_that_of_the_model(
+    text_corpus: Path,
+    tmp_path: Path,
+    fairseq: Fairseq,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Against the cross-entropy of the logits, taken block by block."""
-    fairseq(lm_arguments(text_corpus, tmp_path))
+    config = replace(recipes.get("tiny_pydoc_topics"), data=text_corpus, run=tmp_path)
+    fairseq([*config.arguments(), "--cpu", "--max-update", "3"])
     result = evaluate(Options(tmp_path))
     assert isinstance(result, Perplexity)
-    model, task, _ = load_run(tmp_path / "checkpoint_best.pt", None)
+    assert "beam" not in json.loads((tmp_path / EVALUATION).read_text())
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
+    assert module.main() == 0
+    assert f"perplexity {result.perplexity:.2f} a piece" in capsys.readouterr().out
+    model, task = load_run(tmp_path / "checkpoint_best.pt", text_corpus)
     task.load_dataset("test")
     blocks = task.dataset("test")
     total, pieces = 0.0, 0
@@ -151,6 +223,11 @@ def test_a_study_is_done_once(
     shown = capsys.readouterr().out
     assert all(sample["source"] in shown for sample in rows[1]["samples"])
     assert "sad.png" in shown
+
+
+def test_a_study_compares_translations() -> None:
+    with pytest.raises(SparsityError, match="tiny_pydoc_topics is a language model; a study compares translations"):
+        study.conduct(study.Study(recipe="tiny_pydoc_topics"))
 
 
 def test_a_run_that_fails_shows_its_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

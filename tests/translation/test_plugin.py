@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import torch
 from fairseq import tasks, utils
 from fairseq.logging import metrics
 from fairseq_tools import WIDTH, arguments, batches, lm_arguments, make_trainer, masked
+from omegaconf import OmegaConf
 from torch import nn
 
 from nm_sparsity.core import MaskTracker, SparsityConfig, SparsityError, unsparsify
 from nm_sparsity.core.layers import SparseLayer
+from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.options import add_options, as_options, sparsity_config
 from nm_sparsity.translation.trainer import unwrap
 
@@ -45,6 +48,15 @@ def test_malformed_options_are_named() -> None:
     task_config.nm_patterns = "decoder.layers"
     with pytest.raises(SparsityError, match=r'"decoder.layers" is not GLOB=PATTERN'):
         sparsity_config(task_config)
+
+
+def test_the_yaml_of_the_readme_is_a_pattern_and_without_quotes_a_hint() -> None:
+    text = (USER_DIR / "README.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    task_config = add_options(tasks.FairseqDataclass)()
+    for written, complaint in (text, ""), (text.replace('"2:4"', "2:4"), 'the number 124: .* quote it: "2:4"'):
+        task_config.nm_pattern = str(OmegaConf.create(written).task.nm_pattern)
+        with pytest.raises(SparsityError, match=complaint) if complaint else nullcontext():
+            assert sparsity_config(task_config).pattern == "2:4"
 
 
 ARCHITECTURES = [
@@ -83,9 +95,11 @@ def test_attention_and_feed_forward_are_sparse_and_nothing_else(
     assert model.decoder.output_projection.weight is model.decoder.embed_tokens.weight
 
 
-def sparse_and_dense(corpus: Path, tmp_path: Path, *more: str) -> tuple[nn.Module, nn.Module, dict]:
+def sparse_and_dense(
+    corpus: Path, tmp_path: Path, *more: str, n: int = 2, m: int = 4
+) -> tuple[nn.Module, nn.Module, dict]:
     """A sparse model, the same model truly dense with its weights masked by the oracle, and a batch."""
-    trainer = make_trainer(arguments(corpus, tmp_path, *more))
+    trainer = make_trainer(arguments(corpus, tmp_path, "--nm-pattern", f"{n}:{m}", *more))
     sparse = trainer.get_model()
     dense = copy.deepcopy(sparse)
     unsparsify(dense)
@@ -94,12 +108,13 @@ def sparse_and_dense(corpus: Path, tmp_path: Path, *more: str) -> tuple[nn.Modul
         for name, module in sparse.named_modules():
             if isinstance(module, SparseLayer):
                 weight = dense.get_submodule(name).weight
-                weight.copy_(masked(weight, 2, 4))
+                weight.copy_(masked(weight, n, m))
     return sparse, dense, batches(trainer, 1)[0]
 
 
-def test_teacher_forced_logits_equal_a_truly_masked_model(corpus: Path, tmp_path: Path) -> None:
-    sparse, dense, batch = sparse_and_dense(corpus, tmp_path, "--dropout", "0")
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 4), (2, 8)])
+def test_teacher_forced_logits_equal_a_truly_masked_model(corpus: Path, tmp_path: Path, n: int, m: int) -> None:
+    sparse, dense, batch = sparse_and_dense(corpus, tmp_path, "--dropout", "0", n=n, m=m)
     for training in (True, False):
         sparse.train(training)
         dense.train(training)
@@ -129,7 +144,12 @@ def shadow_weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--update-freq", "4"], ["--clip-norm", "0.1"]], ids=["plain", "accumulated", "clipped"]
+    "more",
+    [
+        *([], ["--update-freq", "4"], ["--clip-norm", "0.1"]),
+        pytest.param(["--amp"], marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+    ids=["plain", "accumulated", "clipped", "amp"],
 )
 def test_the_effective_lambda_is_the_nominal_one(corpus: Path, tmp_path: Path, more: list[str]) -> None:
     """One update of SGD with and without the decay: they differ by -lr * lambda * the dropped weights."""
@@ -137,7 +157,8 @@ def test_the_effective_lambda_is_the_nominal_one(corpus: Path, tmp_path: Path, m
     after, before = [], {}
     for value in (0.0, decay):
         options = ["--optimizer", "sgd", "--lr", str(lr), "--nm-decay", str(value), *more]
-        trainer = make_trainer(arguments(corpus, tmp_path, *options))
+        argv = arguments(corpus, tmp_path, *options)
+        trainer = make_trainer([word for word in argv if word != "--cpu"] if "--amp" in more else argv)
         before = shadow_weights(trainer.get_model())
         trainer.begin_epoch(1)
         trainer.train_step(batches(trainer, 4 if "--update-freq" in more else 1))
@@ -179,8 +200,15 @@ def test_refused_with_one_clear_line(options: list[str], complaint: str, corpus:
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
-    with pytest.raises(SparsityError, match=r"holds no data for fairseq \(no dict\*\.txt\)"):
+    with pytest.raises(SparsityError, match=r"holds no data for translation \(no dict\.\*\.txt\)"):
         make_trainer(arguments(tmp_path, tmp_path))
+
+
+def test_data_of_the_other_task(corpus: Path, text_corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(SparsityError, match=r"holds no data for translation"):
+        make_trainer(arguments(text_corpus, tmp_path))
+    with pytest.raises(SparsityError, match=r"holds no data for a language model \(no dict\.txt\)"):
+        make_trainer(lm_arguments(corpus, tmp_path))
 
 
 def test_half_precision_weights_warn(corpus: Path, tmp_path: Path) -> None:

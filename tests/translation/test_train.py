@@ -22,19 +22,8 @@ from nm_sparsity.translation import recipes, train
 Fairseq = Callable[[list[str]], None]
 
 SMALL = [
-    "--encoder-layers",
-    "1",
-    "--decoder-layers",
-    "1",
-    "--max-tokens",
-    "600",
-    "--cpu",
-    "--log-interval",
-    "1",
-    "--lr-scheduler",
-    "fixed",
-    "--warmup-updates",
-    "0",
+    *("--encoder-layers", "1", "--decoder-layers", "1", "--max-tokens", "600", "--cpu"),
+    *("--log-interval", "1", "--lr-scheduler", "fixed", "--warmup-updates", "0"),
 ]
 
 
@@ -102,9 +91,9 @@ def test_a_folder_with_another_run(stopped: recipes.Config, change: dict, named:
 
 def test_fairseqs_own_command_resumes_no_other_method(corpus: Path, trained: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "checkpoint_last.pt", tmp_path)
-    for options, named in (["--nm-method", "ste"], "ste"), (["--nm-decay", "0.5"], "sr-ste and decay 0.5"):
+    for changed, named in (["--nm-method", "ste"], "ste"), (["--nm-decay", "0.5"], "sr-ste and decay 0.5"):
         with pytest.raises(CheckpointError, match=f"of a run with sr-ste and decay 0.0002, not {named}: choose"):
-            make_trainer(arguments(corpus, tmp_path, *options))
+            make_trainer(arguments(corpus, tmp_path, *changed))
 
 
 def test_a_finished_run_trains_no_further(corpus: Path, trained: Path, tmp_path: Path, fairseq: Fairseq) -> None:
@@ -157,5 +146,5 @@ def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
         train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt"))
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(SparsityError, match="cannot make the folder .*file: File exists"):
+    with pytest.raises(SparsityError, match=r"cannot make the folder .*file: File exists"):
         train.train(recipes.Config(data=corpus, run=tmp_path / "file"))

@@ -87,9 +87,12 @@ def make_folder(folder: Path) -> None:
 
 def normalize(text: str) -> str:
     """`text` in NFC on one line with single spaces, without invisible characters such as soft hyphens."""
-    text = "".join(_INSTEAD.get(unicodedata.category(c), c) for c in text)
+    text = "".join(c if c in _JOINERS else _INSTEAD.get(unicodedata.category(c), c) for c in text)
     return " ".join(unicodedata.normalize("NFC", text).split())
 
+
+_JOINERS = "\u200c\u200d"
+"""Part of the spelling in Persian and many scripts of India."""
 
 _INSTEAD = {"Cf": "", "Cc": " ", "Zl": " ", "Zp": " "}
 """Format characters lie inside words, control characters and separators between them."""

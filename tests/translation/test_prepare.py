@@ -73,7 +73,7 @@ def test_normalized_text_is_one_line(text: str) -> None:
 def test_invisible_characters_do_not_cut_words() -> None:
     assert normalize("Sil\u00adbe,\u2060 two\u200cparts\ufeff") == "Silbe, two\u200cparts"
     assert normalize("one\ttwo\u2028three\x00four") == "one two three four"
-    assert normalize("e\u200d\u0301") == "é"
+    assert normalize("e\u2060\u0301") == "é"
 
 
 def test_cleaning_drops_what_cannot_be_a_translation() -> None:

@@ -28,6 +28,7 @@ TOKENS = (4096, 1024, 16384, 512, 128, 16, 1)
 """The most wanted first, in case time runs out."""
 
 MODELS = (("bert-large", 32), ("vit-l", 64), ("resnet50", 256), ("transformer-base", 64))
+LAUNCHES = ("eager", "compiled", "compiled, graph")
 SPARSE = ("cutlass", "cusparselt", "cusparselt, searched")
 CHECKED_ROWS = 256
 """Rows of the output that are compared with the reference."""
@@ -209,19 +210,15 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
                 continue
         models.compile_layers(model)
         compiled = model_call(model, inputs)
-        launches: dict[str, Callable[[], Call]] = {"eager": lambda call=compiled: _eagerly(call)}  # type: ignore[misc]
-        launches["compiled"] = lambda call=compiled: call  # type: ignore[misc]
-        if device.type == "cuda":
-            launches["compiled, graph"] = lambda call=compiled: CudaGraph(call, len(inputs))  # type: ignore[misc]
-        for launch, make in launches.items():
+        for launch in LAUNCHES if device.type == "cuda" else LAUNCHES[:2]:
             if budget.spent:
                 rows[how, launch] = {"not_run": "out of time"}
                 continue
             report.progress(name, how, launch)
             try:
-                call = make()
-                result_here = (compiled if isinstance(call, CudaGraph) else call)(0)
-                deviation = relative_error(result_here, reference)
+                call = _launched(compiled, launch, len(inputs))
+                output = compiled(0) if isinstance(call, CudaGraph) else call(0)
+                deviation = relative_error(output, reference)
             except Exception as failure:  # whatever a compiler raises: a result too
                 rows[how, launch] = {"not_run": first_line(failure)}
                 continue
@@ -320,14 +317,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _eagerly(call: Call) -> Call:
-    """`call` without what was compiled in it."""
+def _launched(compiled: Call, launch: str, calls: int) -> Call:
+    """A call of a compiled model as one of `LAUNCHES`; `calls` are captured in a graph."""
 
     def eager(i: int) -> object:
         with torch.compiler.set_stance("force_eager"):
-            return call(i)
+            return compiled(i)
 
-    return eager
+    if launch == "eager":
+        return eager
+    return compiled if launch == "compiled" else CudaGraph(compiled, calls)
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -199,7 +199,7 @@ def test_layers_that_are_alike_are_compiled_once() -> None:
         real = torch.compile
         patch.setattr(torch, "compile", lambda target, **options: real(target, backend=backend))
         models.compile_layers(model)
-    assert torch.equal(inference._eagerly(call)(0), expected)
+    assert torch.equal(inference._launched(call, "eager", 1)(0), expected)
     assert not compiled
     assert torch.equal(call(0), expected)
     assert len(compiled) == 1

@@ -60,22 +60,18 @@ def random_operands(product: Product, dtype: torch.dtype, device: torch.device) 
 
 def dense(xs: list[Tensor], ws: list[Tensor]) -> Contender:
     """torch's dense product of the dtype."""
-    call: Call
-    dtype, rows = xs[0].dtype, len(xs[0])
+    dtype, rows, size = xs[0].dtype, len(xs[0]), ws[0].nbytes
     if dtype == torch.int8:
         # torch._int_mm takes no fewer rows; padded before the clock runs, which favours dense.
         xs = [_padded(x, 32) for x in xs] if rows <= 16 else xs
-        call = lambda i: torch._int_mm(xs[i % len(xs)], ws[i % len(ws)].t())[:rows]  # noqa: E731
-    elif dtype == torch.float8_e4m3fn:
+        return Contender(lambda i: torch._int_mm(xs[i % len(xs)], ws[i % len(ws)].t())[:rows], size)
+    if dtype == torch.float8_e4m3fn:
         if xs[0].device.type != "cuda" or torch.cuda.get_device_capability(xs[0].device) < FP8_CAPABILITY:
             raise Unavailable("fp8 needs compute capability 8.9 or newer")
-        options = {"scale_a": torch.ones((), device=xs[0].device), "scale_b": torch.ones((), device=xs[0].device)}
-        call = lambda i: torch._scaled_mm(  # noqa: E731
-            xs[i % len(xs)], ws[i % len(ws)].t(), **options, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-    else:
-        call = lambda i: F.linear(xs[i % len(xs)], ws[i % len(ws)])  # noqa: E731
-    return Contender(call, ws[0].nbytes)
+        one = torch.ones((), device=xs[0].device)
+        options: dict[str, Any] = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+        return Contender(lambda i: torch._scaled_mm(xs[i % len(xs)], ws[i % len(ws)].t(), **options), size)
+    return Contender(lambda i: F.linear(xs[i % len(xs)], ws[i % len(ws)]), size)
 
 
 def sparse(how: str, xs: list[Tensor], ws: list[Tensor]) -> Contender:

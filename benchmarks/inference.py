@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -261,21 +262,19 @@ def _products(device: torch.device, quick: bool, dtypes: Sequence[str]) -> Itera
         shapes, tokens = shapes[:2], (1, 16)
     first = ("llama-7b", "bert-large", "vit-l")
     shapes.sort(key=lambda item: not item[0].startswith(first))
-    sweep = [
-        (layer, dtype, Product(count, rows, columns, DTYPES[dtype].itemsize))
-        for count in tokens
-        for dtype in dtypes
-        for layer, (rows, columns) in shapes
-    ]
-    most_wanted = 2 * len(dtypes) * len(shapes)  # 4096 and 1024 tokens
-    yield from sweep[:most_wanted]
+
+    def sweep(counts: Sequence[int]) -> Iterator[tuple[str, str, Product]]:
+        for count, dtype, (layer, (rows, columns)) in itertools.product(counts, dtypes, shapes):
+            yield layer, dtype, Product(count, rows, columns, DTYPES[dtype].itemsize)
+
+    yield from sweep(tokens[:2])
     if device.type == "cuda" and not quick and "fp16" in dtypes:
         known = devices.present() or devices.find("h100")
         for name, batch in MODELS:
             for layer, alike in plan.for_workload(name, batch, known).alike().items():
                 if not alike[0].obstacle:
                     yield f"{name} {layer.removesuffix('.weight')}", "fp16", alike[0].product
-    yield from sweep[most_wanted:]
+    yield from sweep(tokens[2:])
 
 
 def run_models(result: Result, device: torch.device, quick: bool, rounds: int, budget: Budget) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from nm_sparsity.core.errors import SparsityError
@@ -47,15 +48,12 @@ class NMPattern:
 
     def implies(self, other: NMPattern) -> bool:
         """Whether every weight of this pattern is one of `other`, too: 1:4 and 2:8 ones run as 2:4."""
-        most = 0
         for start in range(0, math.lcm(self.m, other.m), other.m):
-            end, count, at = start + other.m, 0, start
-            while at < end:  # one stretch for each group that a group of the other's reaches into
-                stop = min(end, (at // self.m + 1) * self.m)
-                count += min(self.n, stop - at)
-                at = stop
-            most = max(most, count)
-        return most <= other.n
+            # How many entries of this group of the other's lie in each group of ours.
+            shared = Counter(i // self.m for i in range(start, start + other.m))
+            if sum(min(self.n, entries) for entries in shared.values()) > other.n:
+                return False
+        return True
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"

@@ -6,13 +6,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 import tyro
 
 from nm_sparsity.core import NMPattern, SparsityConfig, SparsityError
+from nm_sparsity.core.run import as_json
 from nm_sparsity.core.table import format_table
 
 
@@ -136,7 +137,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as JSON types; `from_dict` reads it back."""
-        tree: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        tree: dict[str, Any] = as_json(self)
         return tree
 
     @classmethod

@@ -101,10 +101,15 @@ class Run:
         self.close()
 
 
+def as_json(value: Any) -> Any:
+    """`value` (dataclasses allowed) as JSON types; what JSON does not know becomes text."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(plain, default=str))
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` (dataclasses allowed) as indented JSON in `path`."""
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    path.write_text(json.dumps(plain, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(as_json(value), indent=2) + "\n", encoding="utf-8")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -208,8 +207,3 @@ def _innermost(dataset: Any) -> Any:
     while "dataset" in dataset:
         dataset = dataset["dataset"]
     return dataset
-
-
-def to_json(config: Any) -> Any:
-    """A config as plain JSON values."""
-    return json.loads(json.dumps(config.to_dict(), default=str))

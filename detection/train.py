@@ -51,7 +51,7 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
         config.visualizer.vis_backends = [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}]
     runner = _build(config)
     if is_main_process():
-        write_json(out / "config.json", configs.to_json(config))
+        write_json(out / "config.json", config.to_dict())
         write_json(out / "environment.json", environment(seed))
     try:
         runner.train()

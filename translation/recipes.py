@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
+from nm_sparsity.core.run import as_json
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.options import as_options
 
@@ -65,7 +66,7 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The tree as JSON types."""
-        tree: dict[str, Any] = json.loads(json.dumps(asdict(self), default=str))
+        tree: dict[str, Any] = as_json(self)
         return tree
 
 

@@ -2,7 +2,7 @@
 .PHONY: help demo demo-translation demo-detection test bench lint format clean
 
 PYTHON_IN_VENV := .venv/bin/python
-SETUP_INPUTS := .ci/setup pyproject.toml constraints.txt requirements-fairseq.txt setup.py $(wildcard core/kernels/*.cpp)
+SETUP_INPUTS := .ci/setup pyproject.toml constraints.txt requirements-fairseq.txt setup.py $(wildcard core/masks/*.cpp)
 
 help:
 	@echo "make demo              train dense, STE, SR-STE and ASP on digits; table, curves, verified checkpoint (5 min)"

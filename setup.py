@@ -1,11 +1,14 @@
-"""Builds the optional CPU kernel; everything else about the package is in pyproject.toml."""
+"""Finds the packages and builds the optional CPU kernel; everything else about the package is in pyproject.toml."""
 
 from __future__ import annotations
 
-from setuptools import Extension, setup
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CCompilerError
 
+FOLDERS = ("benchmarks", "classification", "core", "detection", "translation")
 OPENMP = "-fopenmp"
 
 
@@ -21,11 +24,20 @@ class BuildKernel(build_ext):
             super().build_extension(ext)
 
 
+def layout() -> dict[str, object]:
+    """The packages, and where they lie: behind the links in nm_sparsity/, or beside it where an archive lost them."""
+    if all(Path("nm_sparsity", folder).is_dir() for folder in FOLDERS):
+        return {"packages": find_packages(include=["nm_sparsity", "nm_sparsity.*"]), "package_dir": {"": "."}}
+    beside = [f"nm_sparsity.{name}" for folder in FOLDERS for name in find_packages(include=[folder, f"{folder}.*"])]
+    return {"packages": ["nm_sparsity", *beside], "package_dir": {f"nm_sparsity.{name}": name for name in FOLDERS}}
+
+
 setup(
+    **layout(),
     ext_modules=[
         Extension(
-            "nm_sparsity.core.kernels._cpu",
-            ["core/kernels/keep_largest.cpp"],
+            "nm_sparsity.core.masks._cpu",
+            ["core/masks/keep_largest.cpp" if Path("core").is_dir() else "nm_sparsity/core/masks/keep_largest.cpp"],
             extra_compile_args=["-std=c++17", "-O3", OPENMP],  # -O2 does not vectorise: several times slower
             extra_link_args=[OPENMP],
             optional=True,  # without a compiler the pure-torch path runs, and says so once

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from nm_sparsity.benchmarks import inference, models, report, timing
-from nm_sparsity.core import SparsityError, export, verify
-from nm_sparsity.core.checkpoint import find_parts, load, restore
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.packed import load_packed, save_packed
+from nm_sparsity.core import SparsityError, verify
+from nm_sparsity.core.deploy import convert
+from nm_sparsity.core.deploy.onnx import to_onnx
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.files.checkpoint import restore
+from nm_sparsity.core.files.io import load
+from nm_sparsity.core.files.metadata import find_parts
+from nm_sparsity.core.files.packed import load_packed, save_packed
 from nm_sparsity.core.table import format_table
 
 
@@ -62,7 +66,7 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
         reason = inference.first_line(error)
         raise SparsityError(f"the model does not take an input of {shape} ({x.dtype}): {reason}") from error
     try:
-        steps.append(("ONNX", str(export.to_onnx(model, (x,), out / f"{checkpoint.stem}.onnx"))))
+        steps.append(("ONNX", str(to_onnx(model, (x,), out / f"{checkpoint.stem}.onnx"))))
     except SparsityError as error:
         steps.append(("ONNX", f"not run: {error}"))
     if not torch.cuda.is_available():
@@ -74,7 +78,7 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
     sparse = copy.deepcopy(dense)
     features = 1 if not x.is_floating_point() else x.shape[1 if x.dim() == 4 else -1]
     try:
-        done = export.to_semi_structured(sparse, tokens=x.numel() // features)
+        done = convert.to_semi_structured(sparse, tokens=x.numel() // features)
     except SparsityError as error:
         return [*steps, ("compress and time", f"not run: {error}")]
     calls = {"dense": inference.model_call(dense, [x]), "2:4": inference.model_call(sparse, [x])}

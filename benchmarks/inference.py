@@ -22,8 +22,9 @@ from nm_sparsity.benchmarks import devices, models, plan, report, timing
 from nm_sparsity.benchmarks.devices import DTYPES, FP8_CAPABILITY, Product
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.benchmarks.timing import Budget, Call, CudaGraph
-from nm_sparsity.core import SparsityError, export, finalize, keep_largest, sparsify
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core import SparsityError, finalize, keep_largest, sparsify
+from nm_sparsity.core.deploy import convert
+from nm_sparsity.core.experiments.command_line import command_line
 
 TOKENS = (4096, 1024, 16384, 512, 128, 16, 1)
 """The most wanted first, in case time runs out."""
@@ -82,11 +83,11 @@ def sparse(how: str, xs: list[Tensor], ws: list[Tensor]) -> Contender:
         Unavailable: if the device, the dtype or the shape does not allow it.
     """
     backend, dtype = how.split(",")[0], xs[0].dtype
-    if reason := export.unavailable(backend, xs[0].device):
+    if reason := convert.why_not_backend(backend, xs[0].device):
         raise Unavailable(reason)
-    if reason := export.matrix_obstacle(ws[0].shape, dtype, backend):
+    if reason := convert.why_not_matrix(ws[0].shape, dtype, backend):
         raise Unavailable(reason)
-    weights = [export.compress(w, backend) for w in ws]
+    weights = [convert.compress(w, backend) for w in ws]
     compressed = sum(part.nbytes for part in (weights[0].packed, getattr(weights[0], "meta", None)) if part is not None)
     return Contender(_sparse_call(how, xs, weights), compressed)
 
@@ -107,7 +108,7 @@ def _sparse_call(how: str, xs: list[Tensor], weights: list[Any]) -> Call:
     algorithm, split_k, mode = 0, 1, -1
     if how == "cusparselt, searched":
         first = _padded(xs[0], multiple).t()
-        algorithm, split_k, mode = export.search_algorithm(weights[0].packed, first, out_dtype=out)
+        algorithm, split_k, mode = convert.search_algorithm(weights[0].packed, first, out_dtype=out)
     return lambda i: torch._cslt_sparse_mm(
         weights[i % len(weights)].packed,
         _padded(xs[i % len(xs)], multiple).t(),
@@ -200,7 +201,7 @@ def measure_model(result: Result, name: str, batch: int, device: torch.device, r
         notes: dict[str, Any] = {}
         if how != "dense":
             try:
-                done = export.to_semi_structured(model, how.split(",")[0], search="searched" in how, tokens=tokens)
+                done = convert.to_semi_structured(model, how.split(",")[0], search="searched" in how, tokens=tokens)
                 notes = {"sparse_layers": len(done.converted)}
             except SparsityError as error:
                 rows[how, "eager"] = {"not_run": first_line(error)}

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nm_sparsity.benchmarks import devices, models, report, timing
 from nm_sparsity.benchmarks.report import Result
-from nm_sparsity.core import NMPattern, SparsityError, kernels
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.kernels import reference
+from nm_sparsity.core import NMPattern, SparsityError
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.masks import ops, reference
 
 Masking = Callable[[Tensor, int, int], Tensor]
 SIZES = (1, 4, 16, 64, 250, 500)
@@ -49,7 +49,7 @@ def kthvalue(w: Tensor, n: int, m: int) -> Tensor:
 
 
 ALTERNATIVES: dict[str, Masking] = {
-    "ours": lambda w, n, m: kernels.keep_largest(w, n, m, 1),
+    "ours": lambda w, n, m: ops.keep_largest(w, n, m, 1),
     "ours, pure torch": lambda w, n, m: reference.keep_largest(w, n, m, 1),
     "argsort+scatter": lambda w, n, m: w * published_mask(w, n, m),
     "topk": topk,
@@ -89,7 +89,7 @@ def measure(
 
     def decay(i: int) -> None:
         for w, gradient in zip(sets[i % len(sets)], gradients, strict=True):
-            kernels.add_dropped_(gradient, w, pattern.n, pattern.m, 1, 2e-4)
+            ops.add_dropped_(gradient, w, pattern.n, pattern.m, 1, 2e-4)
 
     calls = {"copy": run(lambda w, n, m: w.clone()), **{name: run(ALTERNATIVES[name]) for name in names}, DECAY: decay}
     timings = timing.compare(calls, device, rounds)
@@ -131,7 +131,7 @@ def check(result: Result, device: torch.device) -> None:
                 where = torch.rand(shape, generator=generator) < 0.5
                 w = torch.where(where, special[torch.randint(8, shape, generator=generator)], w)
                 for arranged in (w, w.to(memory_format=torch.channels_last)) if w.dim() == 4 else (w,):
-                    found = _everything(kernels, arranged.to(device), pattern)
+                    found = _everything(ops, arranged.to(device), pattern)
                     expected = _everything(reference, arranged, pattern)
                     wrong += sum(_differing_bits(a.cpu(), b) for a, b in zip(found, expected, strict=True))
         name = str(dtype).removeprefix("torch.")

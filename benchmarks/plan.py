@@ -23,9 +23,9 @@ from nm_sparsity.benchmarks import devices, models
 from nm_sparsity.benchmarks.devices import DTYPES, Device, Product
 from nm_sparsity.benchmarks.report import COMMITTED, DEFAULT_FOLDER, Result
 from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.export import PATTERN, obstacle
-from nm_sparsity.core.flops import count_flops
+from nm_sparsity.core.deploy.convert import PATTERN, why_not_layer
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.model.flops import count_flops
 from nm_sparsity.core.table import format_table
 
 WORTH = 1.05
@@ -132,7 +132,7 @@ def plan(
         why = why or ("" if NMPattern.parse(pattern).implies(PATTERN) else "the hardware runs only 2:4")
         why = why or ("" if device.sparse_tensor_cores else f"{device.name} has no sparse tensor cores")
         eligible = not why
-        why = why or obstacle(modules[owner], parameter, weight.shape, DTYPES[dtype], "cusparselt")
+        why = why or why_not_layer(modules[owner], parameter, weight.shape, DTYPES[dtype], "cusparselt")
         found.append((weight.name, product, why, eligible))
     dense = rest + sum(product.dense_seconds(device) for _, product, _, _ in found)
     layers = tuple(

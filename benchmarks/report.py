@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.run import environment
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import environment
 from nm_sparsity.core.table import format_table
 
 Row = dict[str, Any]

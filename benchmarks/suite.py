@@ -18,7 +18,7 @@ from nm_sparsity.benchmarks import inference, masks, report, training
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.benchmarks.timing import Budget
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.experiments.command_line import command_line
 
 
 @command_line

@@ -21,7 +21,7 @@ from nm_sparsity.benchmarks import models, report, timing
 from nm_sparsity.benchmarks.masks import published_mask
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import sparsify
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.experiments.command_line import command_line
 
 PATTERN = "2:4"
 DECAY = 2e-4

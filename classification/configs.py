@@ -13,7 +13,7 @@ from typing import Any, Literal, get_type_hints
 import tyro
 
 from nm_sparsity.core import NMPattern, SparsityConfig, SparsityError
-from nm_sparsity.core.run import as_json
+from nm_sparsity.core.experiments.run import as_json
 from nm_sparsity.core.table import format_table
 
 

@@ -20,8 +20,10 @@ from nm_sparsity.classification.configs import Config
 from nm_sparsity.classification.data import eval_batches, load_splits
 from nm_sparsity.classification.models import build
 from nm_sparsity.core import CheckpointError, SparsityError, frozen, verify
-from nm_sparsity.core.checkpoint import METADATA, find_parts, load, restore
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.files.checkpoint import restore
+from nm_sparsity.core.files.io import load
+from nm_sparsity.core.files.metadata import METADATA, find_parts
 
 FINALIZED, LATEST, BEST = "finalized.pt", "latest.pt", "best.pt"
 """The checkpoints of a run folder: the end product, the one to resume from, the best on the validation images."""

@@ -12,7 +12,8 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.checkpoint import load, restore
+from nm_sparsity.core.files.checkpoint import restore
+from nm_sparsity.core.files.io import load
 
 SMALL: dict[str, tuple[Sequence[int], int]] = {
     "resnet8_small": ((1, 1, 1), 16),

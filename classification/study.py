@@ -29,8 +29,8 @@ from nm_sparsity.classification.data import load_splits
 from nm_sparsity.classification.evaluate import FINALIZED, LATEST
 from nm_sparsity.classification.train import SUMMARY, train
 from nm_sparsity.core import SparsityConfig, SparsityError, Verification, verify
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.run import environment, read_metrics
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import environment, read_metrics
 from nm_sparsity.core.table import format_table
 
 

@@ -25,10 +25,12 @@ from nm_sparsity.classification.data import eval_batches, load_splits, part_size
 from nm_sparsity.classification.evaluate import BEST, FINALIZED, LATEST, Accuracy, autocast, evaluate, find_checkpoint
 from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, finalize, verify
-from nm_sparsity.core.checkpoint import METADATA, describe, find_parts, load, restore, save, split
-from nm_sparsity.core.decay import warn_if_strength_is_weak
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.run import Run, read_metrics, write_json
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import Run, read_metrics, write_json
+from nm_sparsity.core.files.checkpoint import restore, split
+from nm_sparsity.core.files.io import load, save
+from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
+from nm_sparsity.core.model.strength import warn_if_strength_is_weak
 
 SUMMARY = "summary.json"
 """Written last: a run folder that has it is complete."""
@@ -250,7 +252,7 @@ class Trainer:
             "seconds": self.position.seconds,
         }
         if distributed.rank() == 0:
-            payload = {"state_dict": end.state_dict(), METADATA: describe(end), "config": config.to_dict()}
+            payload = {"state_dict": end.state_dict(), METADATA: Metadata.of(end).to_dict(), "config": config.to_dict()}
             save(config.folder / FINALIZED, payload)
             write_json(config.folder / SUMMARY, summary)
         run.log(self.position.step, _named("test", final))
@@ -308,7 +310,11 @@ class Trainer:
         }
         if self.ema is not None:
             state, metadata = split(self.model)
-            training["model"] = {"state_dict": state, METADATA: metadata, "averaged": int(self.ema.n_averaged)}
+            training["model"] = {
+                "state_dict": state,
+                METADATA: metadata,
+                "averaged": int(self.ema.n_averaged),
+            }
         for name in names:
             save(self.config.folder / name, {**payload, "training": training})
 
@@ -325,7 +331,8 @@ class Trainer:
         training = payload["training"]
         restore(self.evaluated, payload["state_dict"], payload[METADATA])
         if self.ema is not None:
-            restore(self.model, training["model"]["state_dict"], training["model"][METADATA])
+            averaged = training["model"]
+            restore(self.model, averaged["state_dict"], averaged[METADATA])
             self.ema.n_averaged.fill_(training["model"]["averaged"])
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])

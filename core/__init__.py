@@ -1,20 +1,18 @@
 """N:M fine-grained structured sparsity for any PyTorch model, trained from scratch with SR-STE."""
 
-if __name__ != "nm_sparsity.core":
-    raise ImportError(f'import this package as nm_sparsity.core, not as {__name__}: "pip install nm-sparsity" first')
-
-from nm_sparsity.core.checkpoint import load_sparsity_state, sparsity_state
-from nm_sparsity.core.config import SparsityConfig
-from nm_sparsity.core.decay import decay_strength
-from nm_sparsity.core.diagnostics import Flips, MaskTracker
 from nm_sparsity.core.errors import CheckpointError, SparsityError, VerificationError
-from nm_sparsity.core.layers import frozen
+from nm_sparsity.core.files.checkpoint import load_sparsity_state, sparsity_state
+from nm_sparsity.core.files.verify import Verification, verify
 from nm_sparsity.core.masks import keep_largest, nm_mask, satisfies
-from nm_sparsity.core.methods import Method, make_method, register
+from nm_sparsity.core.methods import Method, WeightState, make_method, register
+from nm_sparsity.core.model.config import SparsityConfig
+from nm_sparsity.core.model.convert import finalize, sparsify, unsparsify
+from nm_sparsity.core.model.layers import frozen
+from nm_sparsity.core.model.report import SparsityReport
+from nm_sparsity.core.model.strength import decay_strength
 from nm_sparsity.core.pattern import NMPattern
-from nm_sparsity.core.report import SparsityReport
-from nm_sparsity.core.sparsify import finalize, sparsify, unsparsify
-from nm_sparsity.core.verify import Verification, verify
+from nm_sparsity.core.training import hooks as hooks  # optimizer steps are treated from here on
+from nm_sparsity.core.training.diagnostics import Flips, MaskTracker
 
 __all__ = [
     "CheckpointError",
@@ -27,6 +25,7 @@ __all__ = [
     "SparsityReport",
     "Verification",
     "VerificationError",
+    "WeightState",
     "decay_strength",
     "finalize",
     "frozen",

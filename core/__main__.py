@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from collections.abc import Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from nm_sparsity.core import checkpoint, grouping, masks, verify
-from nm_sparsity.core.config import SparsityConfig
-from nm_sparsity.core.errors import SparsityError, command_line
-from nm_sparsity.core.flops import count_flops
-from nm_sparsity.core.report import SparsityReport
-from nm_sparsity.core.rules import Rules
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.user_model import build
+from nm_sparsity.core.files.io import load, save
+from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
+from nm_sparsity.core.files.verify import placements_by_shape, verify
+from nm_sparsity.core.masks import keep_largest
+from nm_sparsity.core.model.config import SparsityConfig
+from nm_sparsity.core.model.flops import count_flops
+from nm_sparsity.core.model.report import SparsityReport
+from nm_sparsity.core.model.rules import Rules
 
 
 @command_line
@@ -72,7 +75,7 @@ def _inspect(args: argparse.Namespace) -> None:
     )
     # On the meta device a model of any size is built and run without memory or time.
     with torch.device("meta"):
-        model = _build(args.model)
+        model = build(args.model)
     report = config.sparsify(model)
     if args.input != "none":
         report = _count_flops(model, report, args.input)
@@ -84,63 +87,28 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _finalize(args: argparse.Namespace) -> None:
-    payload = checkpoint.load(args.file)
-    state, metadata = checkpoint.find_parts(payload, args.file)
+    payload = load(args.file)
+    state, metadata = find_parts(payload, args.file)
     if metadata is None:
         if args.pattern is None:
             raise SparsityError(f"{args.file} carries no table of sparse weights; say which pattern: --pattern 2:4")
         metadata = _mask_all(state, args)
     elif args.exclude:
         raise SparsityError(f"{args.file} carries a table of its sparse weights; --exclude is for files without one")
-    else:
-        metadata = {key: value for key, value in metadata.items() if key not in ("dropped", "state")}
-    result = {"state_dict": state, checkpoint.METADATA: metadata}
+    result = {"state_dict": state, METADATA: metadata.finalized().to_dict()}
     verification = verify(result, args.pattern)
-    checkpoint.save(args.output, result)
+    save(args.output, result)
     print(f"{verification}\nwrote {args.output}")
 
 
-def _mask_all(state: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Mask every tensor of `state` that the pattern fits, in the dict; returns the metadata."""
+def _mask_all(state: dict[str, Any], args: argparse.Namespace) -> Metadata:
+    """Mask every tensor of `state` that the pattern fits, in the dict."""
     rules = Rules.parse(args.pattern, args.layout, (), args.exclude, {}, "dense")
     rules.check_globs(list(state))
-    table = {}
-    for name, value in state.items():
-        pattern, _ = rules.choose(name)
-        if pattern is None or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            continue
-        dims = grouping.dims_by_shape(value.dim(), rules.layout)
-        if value.dim() < 2 or torch.Size(value.shape[d] for d in dims).numel() % pattern.m:
-            continue
-        state[name] = masks.keep_largest(value, pattern, dims)
-        table[name] = (str(pattern), list(dims))
-    return {"format": 1, "method": "one-shot", "hyperparameters": {}, "layout": rules.layout, "layers": table}
-
-
-def _build(name: str) -> nn.Module:
-    module_name, _, function = name.partition(":")
-    if not function:
-        try:
-            from torchvision.models import get_model, get_model_builder, list_models
-        except ImportError as error:
-            raise SparsityError(f'"{name}" needs torchvision: pip install "nm-sparsity[classification]"') from error
-        if name not in list_models():
-            close = [known for known in list_models() if known.startswith(name[:4])] or list_models()
-            raise SparsityError(
-                f'unknown model "{name}"; torchvision has {", ".join(close[:8])} ...; '
-                "for a model of your own write package.module:function"
-            )
-        # Detectors would otherwise fetch a pretrained backbone.
-        takes = signature(get_model_builder(name)).parameters
-        built: nn.Module = get_model(name, **dict.fromkeys({"weights", "weights_backbone"} & set(takes)))
-        return built
-    try:
-        model = getattr(importlib.import_module(module_name), function)()
-    except Exception as error:  # Whatever a user's own code raises.
-        raise SparsityError(f'cannot build "{name}": {error}') from error
-    if not isinstance(model, nn.Module):
-        raise SparsityError(f'"{name}" returned {type(model).__name__}, expected a torch.nn.Module')
-    return model
+    table = {name: placement for name, placement, _ in placements_by_shape(state, rules) if placement}
+    for name, placement in table.items():
+        state[name] = keep_largest(state[name], *placement)
+    return Metadata("one-shot", {}, rules.layout, table)
 
 
 def _count_flops(model: nn.Module, report: SparsityReport, text: str) -> SparsityReport:

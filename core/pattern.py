@@ -1,4 +1,4 @@
-"""The N:M pattern: of every M consecutive weights, N are kept."""
+"""The N:M pattern, of every M consecutive weights N are kept, and along which dimensions it lies in a weight."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 from nm_sparsity.core.errors import SparsityError
+
+Layout = Literal["channel", "kernel"]
+"""M consecutive input channels at one position of a filter, or M consecutive weights of the flattened filter."""
 
 
 @dataclass(frozen=True, order=True)
@@ -57,3 +61,26 @@ class NMPattern:
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
+
+
+class Placement(NamedTuple):
+    """The pattern of a weight and the reduction dimensions along which its groups lie."""
+
+    pattern: NMPattern
+    dims: tuple[int, ...]
+
+
+Table = dict[str, Placement]
+"""State-dict name -> placement, of every sparse weight."""
+
+
+def check_layout(layout: str) -> Layout:
+    """`layout` itself.
+
+    Raises:
+        SparsityError: unless it is "channel" or "kernel".
+    """
+    for known in get_args(Layout):
+        if layout == known:
+            return known
+    raise SparsityError(f'unknown layout "{layout}"; known layouts: {", ".join(get_args(Layout))}')

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib
 import tyro
 
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.table import format_table
 from nm_sparsity.detection import prepare
 from nm_sparsity.detection.study import Experiment, execute, scalars

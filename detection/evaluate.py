@@ -28,9 +28,11 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save
 from tqdm import tqdm
 
 from nm_sparsity.core import SparsityError, finalize, frozen, verify
-from nm_sparsity.core.checkpoint import METADATA, describe, find_parts, restore, save
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.run import environment, write_json
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import environment, write_json
+from nm_sparsity.core.files.checkpoint import restore
+from nm_sparsity.core.files.io import save
+from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
 from nm_sparsity.core.table import format_table
 from nm_sparsity.detection import config as configs
 
@@ -128,7 +130,7 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
 
     model = MODELS.build(config.model).to(get_device())
     hook = _sparsity_of(config)
-    is_sparse = metadata is not None and bool(metadata["layers"])
+    is_sparse = metadata is not None and bool(metadata.layers)
     if is_sparse and hook is None:
         raise SparsityError(f"{checkpoint} is sparse, but the config in {run} has no NMSparseHook: is it of this run?")
     if is_sparse:
@@ -147,7 +149,7 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
         finalize(model)
         checks = verify(model, hook.config.pattern).checked
         file = run / "finalized.pth"
-        save(file, {"meta": payload["meta"], "state_dict": model.state_dict(), METADATA: describe(model)})
+        save(file, {"meta": payload["meta"], "state_dict": model.state_dict(), METADATA: Metadata.of(model).to_dict()})
         verify(file)
         stock = init_detector(copy.deepcopy(config), str(file), device=str(get_device()))
         found = predict(stock, loader)

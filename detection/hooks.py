@@ -27,8 +27,10 @@ from nm_sparsity.core import (
     SparsityReport,
     decay_strength,
 )
-from nm_sparsity.core.checkpoint import METADATA, find_parts, load, restore, split
-from nm_sparsity.core.decay import warn_if_weak
+from nm_sparsity.core.files.checkpoint import restore, split
+from nm_sparsity.core.files.io import load
+from nm_sparsity.core.files.metadata import METADATA, find_parts
+from nm_sparsity.core.model.strength import warn_if_weak
 
 # What the log history in MMEngine's own checkpoints is made of; it runs no code. numpy 1 and 2 name parts differently.
 _NUMPY: list[Any] = [np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]

@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 from PIL import Image
 
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.detection import coco, compose, voc
 
 DEEPFOREST = "deepforest==2.1.0"

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import tyro
 
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.run import environment, write_json
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import environment, write_json
 from nm_sparsity.core.table import format_table
 from nm_sparsity.detection import prepare
 

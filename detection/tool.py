@@ -12,7 +12,8 @@ from pathlib import Path
 
 import mmdet
 
-from nm_sparsity.core.errors import SparsityError, command_line
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.experiments.command_line import command_line
 
 FOLDER = Path(mmdet.__file__).parent / ".mim" / "tools"
 

@@ -17,9 +17,9 @@ import torch
 import tyro
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
-from nm_sparsity.core.checkpoint import find_parts
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.run import environment, write_json
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import environment, write_json
+from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, load_safely
 
@@ -71,10 +71,10 @@ def _check_files(config: Any, out: Path, resume: bool) -> None:
         payload = load_safely(path)
         if path != start or not resume or sparse:
             continue
-        if (metadata := find_parts(payload, path)[1]) and metadata["layers"]:
-            patterns = sorted({pattern for pattern, _ in metadata["layers"].values()})
+        if (metadata := find_parts(payload, path)[1]) and metadata.layers:
+            patterns = map(str, sorted({pattern for pattern, _ in metadata.layers.values()}))
             raise CheckpointError(
-                f"{path} is {', '.join(patterns)} sparse, trained with {metadata['method']}, but this config is dense; "
+                f"{path} is {', '.join(patterns)} sparse, trained with {metadata.method}, but this config is dense; "
                 "resume with the --pattern, --method and --decay that the run was started with"
             )
 

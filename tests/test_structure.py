@@ -80,7 +80,7 @@ def test_the_wheel_holds_every_package_its_data_and_the_compiled_kernel(tmp_path
     assert not (tmp_path / "site" / "core").exists(), "a top-level core would break other people's software"
     code = (
         "import torch, nm_sparsity.core as core\n"
-        "from nm_sparsity.core.kernels import cpu\n"
+        "from nm_sparsity.core.masks import cpu\n"
         f"assert core.__file__.startswith({str(installed)!r}), core.__file__\n"
         "assert (cpu.library() is not None) == bool(__import__('shutil').which('c++'))\n"
         "layer = torch.nn.Linear(8, 8); core.sparsify(layer); core.finalize(layer); core.verify(layer)"

@@ -16,8 +16,11 @@ import torch
 import tyro
 
 from nm_sparsity.core import CheckpointError, keep_largest, verify
-from nm_sparsity.core.checkpoint import METADATA, merge, save
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.files.checkpoint import merge
+from nm_sparsity.core.files.io import save
+from nm_sparsity.core.files.metadata import METADATA, Metadata
+from nm_sparsity.core.pattern import Table
 from nm_sparsity.translation.plugin import DICTIONARIES
 from nm_sparsity.translation.trainer import EMA, read
 
@@ -44,10 +47,12 @@ def average(options: Options) -> dict[str, Any]:
         raise CheckpointError("name at least one checkpoint")
     total: dict[str, torch.Tensor] = {}
     payload: dict[str, Any] = {}
+    table: Table = {}
     for path in options.inputs:
         before, payload = payload, read(path)
         weights, metadata = _shadow(payload, path, options.ema)
-        if before and _table(before) != _table(payload):
+        before_table, table = table, metadata.layers
+        if before and before_table != table:
             raise CheckpointError(f"{path} is not sparse in the same way as {options.inputs[0]}")
         if total and {n: t.shape for n, t in total.items()} != {n: t.shape for n, t in weights.items()}:
             raise CheckpointError(f"{path} is of another model than {options.inputs[0]}: names or shapes differ")
@@ -57,10 +62,10 @@ def average(options: Options) -> dict[str, Any]:
             # In double precision, so that the order of the files does not matter.
             total[name] = total.get(name, 0) + value.double()
     model = {name: (value / len(options.inputs)).to(weights[name].dtype) for name, value in total.items()}
-    for name, (pattern, dims) in metadata["layers"].items():
-        model[name] = keep_largest(model[name], pattern, tuple(dims))
+    for name, placement in metadata.layers.items():
+        model[name] = keep_largest(model[name], *placement)
     extra = {key: value for key, value in payload["extra_state"].items() if key == "train_iterator"}
-    extra[METADATA] = {key: value for key, value in metadata.items() if key not in ("dropped", "state")}
+    extra[METADATA] = metadata.finalized().to_dict()
     task = {key: value for key, value in payload["cfg"]["task"].items() if not key.startswith("nm_")}
     task["_name"] = task["_name"].removeprefix("nm_")
     result = {
@@ -72,13 +77,9 @@ def average(options: Options) -> dict[str, Any]:
         "last_optimizer_state": None,
     }
     save(options.output, result)
-    if metadata["layers"]:
+    if metadata.layers:
         verify(options.output)
     return result
-
-
-def _table(payload: dict[str, Any]) -> object:
-    return payload["extra_state"][METADATA]["layers"]
 
 
 def _dictionaries(payload: dict[str, Any]) -> dict[str, Any]:
@@ -86,16 +87,15 @@ def _dictionaries(payload: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in payload["task_state"].items() if key == DICTIONARIES}
 
 
-def _shadow(payload: dict[str, Any], path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _shadow(payload: dict[str, Any], path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], Metadata]:
     """Dense shadow weights and metadata of a checkpoint file."""
     extra = payload["extra_state"]
     if METADATA not in extra:
         raise CheckpointError(f"{path} is not a checkpoint of nm_translation or nm_language_modeling")
-    if not ema:
-        return merge(payload["model"], extra[METADATA]), extra[METADATA]
-    if EMA not in extra:
+    if ema and EMA not in extra:
         raise CheckpointError(f"{path} has no moving average; train with --store-ema")
-    return merge(extra["ema"], extra[EMA]), extra[EMA]
+    metadata = Metadata.from_dict(extra[EMA if ema else METADATA], path)
+    return merge(extra["ema"] if ema else payload["model"], metadata), metadata
 
 
 @command_line

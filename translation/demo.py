@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from nm_sparsity.core.errors import command_line
+from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.translation.study import Study, conduct, plot, results_table
 
 DEMO = Study(

@@ -26,10 +26,10 @@ from sacrebleu.metrics.chrf import CHRF
 from torch import nn
 
 from nm_sparsity.core import SparsityError, VerificationError, finalize, frozen, verify
-from nm_sparsity.core.checkpoint import METADATA
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.layers import sparse_layers
-from nm_sparsity.core.run import write_json
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import write_json
+from nm_sparsity.core.files.metadata import METADATA, Metadata
+from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.table import format_table
 from nm_sparsity.translation.corpora import read_lines
 from nm_sparsity.translation.plugin import check_dictionaries
@@ -191,7 +191,8 @@ def evaluate(options: Options) -> Translated | Perplexity:
     """
     checkpoint = checkpoint_of(options.run)
     payload = read(checkpoint)
-    sparse = bool(payload["extra_state"].get(METADATA, {}).get("layers"))
+    entry = payload["extra_state"].get(METADATA)
+    sparse = entry is not None and bool(Metadata.from_dict(entry, checkpoint).layers)
     if sparse or options.pattern:
         verify(checkpoint, options.pattern)
     folder = options.data or Path(payload["cfg"]["task"]["data"]).parent

@@ -26,7 +26,7 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, frozen
-from nm_sparsity.core.decay import decay_strength
+from nm_sparsity.core.model.strength import decay_strength
 from nm_sparsity.translation import trainer
 from nm_sparsity.translation.options import add_options, sparsity_config
 

@@ -26,7 +26,8 @@ import sentencepiece
 from fairseq import options
 from fairseq_cli import preprocess
 
-from nm_sparsity.core.errors import SparsityError, command_line
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.translation import corpora
 
 Row = tuple[str, ...]

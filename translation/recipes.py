@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
-from nm_sparsity.core.run import as_json
+from nm_sparsity.core.experiments.run import as_json
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.options import as_options
 

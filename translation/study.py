@@ -25,8 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.errors import command_line
-from nm_sparsity.core.run import environment
+from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.run import environment
 from nm_sparsity.core.table import format_table
 from nm_sparsity.translation import recipes
 from nm_sparsity.translation.evaluate import EVALUATION

@@ -23,7 +23,9 @@ from fairseq.file_io import PathManager
 from fairseq.trainer import Trainer
 
 from nm_sparsity.core import CheckpointError
-from nm_sparsity.core.checkpoint import METADATA, describe, find_parts, load, restore, save, split
+from nm_sparsity.core.files.checkpoint import restore, split
+from nm_sparsity.core.files.io import load, save
+from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +107,9 @@ def load_checkpoint(
     self.task.load_state_dict(extra.pop("task_state", {}))
     metadata, ema = extra.pop(METADATA, None), extra.pop(EMA, None)
     if filename != self.cfg.checkpoint.finetune_from_model:
-        _restore_shadow(self.get_model(), metadata)
+        _restore_shadow(self.get_model(), metadata, filename)
         if self.cfg.ema.store_ema:
-            _restore_shadow(self.ema.get_model(), ema)
+            _restore_shadow(self.ema.get_model(), ema, filename)
     if 0 < self.cfg.optimization.max_update <= self.get_num_updates():
         logger.info("training ended after %d updates: nothing left to do", self.get_num_updates())
         # fairseq looks at --max-update only after one more update, but at this before it.
@@ -115,9 +117,10 @@ def load_checkpoint(
     return extra
 
 
-def _restore_shadow(model: torch.nn.Module, metadata: Mapping[str, Any] | None) -> None:
-    if metadata is not None:
-        there, here = _method(metadata), _method(describe(model))
+def _restore_shadow(model: torch.nn.Module, entry: Mapping[str, Any] | None, filename: str) -> None:
+    if entry is not None:
+        metadata = Metadata.from_dict(entry, filename)
+        there, here = _method(metadata), _method(Metadata.of(model))
         if there != here:
             raise CheckpointError(
                 f"the checkpoint is of a run with {there}, not {here}: choose another --save-dir (and start from its "
@@ -126,9 +129,9 @@ def _restore_shadow(model: torch.nn.Module, metadata: Mapping[str, Any] | None) 
         restore(model, model.state_dict(), metadata)
 
 
-def _method(description: Mapping[str, Any]) -> str:
-    values = (f"{name} {value}" for name, value in description["hyperparameters"].items())
-    return " and ".join((description["method"], *values))
+def _method(metadata: Metadata) -> str:
+    values = (f"{name} {value}" for name, value in metadata.hyperparameters.items())
+    return " and ".join((metadata.method, *values))
 
 
 def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nm_sparsity.core import masks
-from nm_sparsity.core.methods.base import Method, SparseWeight, register
+from nm_sparsity.core.methods.base import Method, WeightState, register
 
 
 @register
@@ -31,18 +31,18 @@ class ASP(Method):
 
     name = "asp"
 
-    def before_step(self, w: Tensor, grad: Tensor, sparse: SparseWeight, scale: float | Tensor) -> None:
-        if "mask" not in sparse.state:
-            sparse.state["mask"] = masks.nm_mask(w, sparse.pattern, sparse.dims)
-            _zero_dropped(w, sparse)
-        _zero_dropped(grad, sparse)
+    def before_step(self, w: Tensor, grad: Tensor, state: WeightState, scale: float | Tensor) -> None:
+        if "mask" not in state.memory:
+            state.memory["mask"] = masks.nm_mask(w, state.pattern, state.dims)
+            _zero_dropped(w, state)
+        _zero_dropped(grad, state)
 
-    def after_step(self, w: Tensor, sparse: SparseWeight) -> None:
+    def after_step(self, w: Tensor, state: WeightState) -> None:
         # Momentum from before the mask was fixed would move dropped weights off zero.
-        if "mask" in sparse.state:
-            _zero_dropped(w, sparse)
+        if "mask" in state.memory:
+            _zero_dropped(w, state)
 
 
-def _zero_dropped(t: Tensor, sparse: SparseWeight) -> None:
-    mask = sparse.state["mask"] = sparse.state["mask"].to(t.device)
+def _zero_dropped(t: Tensor, state: WeightState) -> None:
+    mask = state.memory["mask"] = state.memory["mask"].to(t.device)
     torch.where(mask, t, torch.zeros((), dtype=t.dtype, device=t.device), out=t)

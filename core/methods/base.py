@@ -15,26 +15,27 @@ from nm_sparsity.core.pattern import NMPattern
 
 @dataclass(frozen=True)
 class Method:
-    """How sparse weights are trained. Hyperparameters are the dataclass fields; the pattern is none of them.
+    """How sparse weights are trained. Hyperparameters are the dataclass fields; the pattern is not one of them.
 
-    A method is stateless: what it remembers of a weight, it keeps in ``sparse.state`` (tensors and numbers only),
-    which checkpoints carry. `w` and `grad` are local shards under FSDP2: whole rows, so groups are whole.
+    A method is stateless: what it remembers of a weight, it keeps in ``state.memory`` (tensors and numbers only),
+    which checkpoints carry. In the hooks, `w` is the shadow weight and `grad` its gradient, of one shape and dtype
+    (fp32 unless the user's weights are not). Under FSDP2 both are this rank's shards: whole rows, so groups are whole.
     """
 
     name: ClassVar[str]
     trains_sparse: ClassVar[bool] = True
 
-    def weight(self, w: Tensor, sparse: SparseWeight) -> Tensor:
+    def weight(self, w: Tensor, state: WeightState) -> Tensor:
         """The weight that the layer computes with: masked, straight-through in backward."""
-        return masks.keep_largest(w, sparse.pattern, sparse.dims)
+        return masks.keep_largest(w, state.pattern, state.dims)
 
-    def before_step(self, w: Tensor, grad: Tensor, sparse: SparseWeight, scale: float | Tensor) -> None:
+    def before_step(self, w: Tensor, grad: Tensor, state: WeightState, scale: float | Tensor) -> None:
         """Change `grad` in place right before the optimizer's update.
 
         `scale` is the loss scale that `grad` still carries (1 unless a fused optimizer unscales inside ``step``).
         """
 
-    def after_step(self, w: Tensor, sparse: SparseWeight) -> None:
+    def after_step(self, w: Tensor, state: WeightState) -> None:
         """Change `w` in place right after the optimizer's update."""
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -43,13 +44,13 @@ class Method:
 
 
 @dataclass
-class SparseWeight:
+class WeightState:
     """What makes one weight sparse: its pattern, its reduction dimensions, its method, and the method's memory."""
 
     pattern: NMPattern
     dims: tuple[int, ...]
     method: Method
-    state: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     lr_sum: float | Tensor = 0.0
     """Sum of the learning rates of all optimizer steps so far: lambda * lr_sum is the strength of the decay."""
     preconditioned: bool = False

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.methods.base import Method, SparseWeight, register
+from nm_sparsity.core.methods.base import Method, WeightState, register
 
 
 @register
@@ -36,5 +36,5 @@ class SRSTE(Method):
         if not (math.isfinite(self.decay) and self.decay >= 0):
             raise SparsityError(f"decay (lambda) must be a finite number >= 0, found {self.decay}")
 
-    def before_step(self, w: Tensor, grad: Tensor, sparse: SparseWeight, scale: float | Tensor) -> None:
-        masks.add_dropped_(grad, w, sparse.pattern, sparse.dims, scale * self.decay)
+    def before_step(self, w: Tensor, grad: Tensor, state: WeightState, scale: float | Tensor) -> None:
+        masks.add_dropped_(grad, w, state.pattern, state.dims, scale * self.decay)

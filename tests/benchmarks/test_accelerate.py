@@ -10,7 +10,8 @@ from torch import nn
 
 from nm_sparsity.benchmarks import accelerate
 from nm_sparsity.core import finalize, sparsify
-from nm_sparsity.core.checkpoint import METADATA, describe, save
+from nm_sparsity.core.files.io import save
+from nm_sparsity.core.files.metadata import METADATA, describe
 
 
 def build(width: int) -> nn.Module:

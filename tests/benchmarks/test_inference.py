@@ -16,7 +16,7 @@ from nm_sparsity.benchmarks import devices, inference, models, timing
 from nm_sparsity.benchmarks.devices import DTYPES, Product
 from nm_sparsity.benchmarks.inference import SPARSE, Unavailable
 from nm_sparsity.benchmarks.report import Result
-from nm_sparsity.core import export
+from nm_sparsity.core.deploy import convert
 
 CPU = torch.device("cpu")
 
@@ -39,9 +39,9 @@ def fake_compress(w: Tensor, backend: str) -> Any:
 def test_every_way_fits_the_kernels_of_torch(monkeypatch: pytest.MonkeyPatch, dtype: str, tokens: int) -> None:
     """Fake CUDA tensors run torch's own shape and dtype checks of the very calls that a GPU would get."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(export, "unavailable", lambda backend, device: "")
-    monkeypatch.setattr(export, "compress", fake_compress)
-    monkeypatch.setattr(export, "search_algorithm", lambda *args, **options: (3, 2, 1))
+    monkeypatch.setattr(convert, "why_not_backend", lambda backend, device: "")
+    monkeypatch.setattr(convert, "compress", fake_compress)
+    monkeypatch.setattr(convert, "search_algorithm", lambda *args, **options: (3, 2, 1))
     outputs = {}
     with FakeTensorMode():
         x = torch.empty(tokens, 256, device="cuda", dtype=DTYPES[dtype])
@@ -79,8 +79,8 @@ def test_on_a_pretended_h100_rows_have_ceilings_and_graphs(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    monkeypatch.setattr(export, "compress", fake_compress)
-    monkeypatch.setattr(export, "search_algorithm", lambda *args, **options: (3, 2, 1))
+    monkeypatch.setattr(convert, "compress", fake_compress)
+    monkeypatch.setattr(convert, "search_algorithm", lambda *args, **options: (3, 2, 1))
     monkeypatch.setattr(inference, "CudaGraph", Graph)
     monkeypatch.setattr(inference, "relative_error", lambda found, reference: 0.0)
     monkeypatch.setattr(timing, "sample", sample)
@@ -125,9 +125,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         packed.packed = packed  # type: ignore[attr-defined]
         return packed
 
-    monkeypatch.setattr(export, "unavailable", unavailable)
-    monkeypatch.setattr(export, "compress", compress)
-    monkeypatch.setattr(export, "search_algorithm", lambda *args, **options: (3, 2, 1))
+    monkeypatch.setattr(convert, "why_not_backend", unavailable)
+    monkeypatch.setattr(convert, "compress", compress)
+    monkeypatch.setattr(convert, "search_algorithm", lambda *args, **options: (3, 2, 1))
     monkeypatch.setattr(torch, "_cslt_sparse_mm", cslt_sparse_mm)
     return products
 
@@ -165,9 +165,11 @@ def test_a_kernel_that_refuses_a_shape_is_a_row_not_a_crash(
 def test_a_model_has_a_row_for_every_way(emulated: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     setup = models.Workload(lambda: models.TextEncoder(1, 64, 2, 128, 32), (6,), 32)
     monkeypatch.setattr(models, "WORKLOADS", {"tiny": setup})
-    monkeypatch.setattr(export, "_fastest_algorithm", lambda weight, bias, tokens: 3)
-    monkeypatch.setattr(export, "_check_dtypes", lambda model, backend: None)
-    monkeypatch.setattr(export, "obstacle", lambda module, *args: "" if isinstance(module, torch.nn.Linear) else "no")
+    monkeypatch.setattr(convert, "_fastest_algorithm", lambda weight, bias, tokens: 3)
+    monkeypatch.setattr(convert, "_check_dtypes", lambda model, backend: None)
+    monkeypatch.setattr(
+        convert, "why_not_layer", lambda module, *args: "" if isinstance(module, torch.nn.Linear) else "no"
+    )
     monkeypatch.setattr(models, "compile_layers", lambda model: None)
     result = Result("models", "cpu")
     inference.measure_model(result, "tiny", 2, CPU, 2, timing.Budget())

@@ -10,8 +10,8 @@ import torch
 
 from nm_sparsity.benchmarks import masks, models
 from nm_sparsity.benchmarks.report import Result
-from nm_sparsity.core import NMPattern, SparsityError, keep_largest, kernels
-from nm_sparsity.core.kernels import reference
+from nm_sparsity.core import NMPattern, SparsityError, keep_largest
+from nm_sparsity.core.masks import ops, reference
 
 CPU = torch.device("cpu")
 
@@ -45,7 +45,7 @@ def negative_zeros(w: torch.Tensor, n: int, m: int, axis: int) -> torch.Tensor:
     ],
 )
 def test_the_check_would_notice(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., torch.Tensor]) -> None:
-    monkeypatch.setattr(kernels, name, wrong)
+    monkeypatch.setattr(ops, name, wrong)
     result = Result("masks", "cpu")
     with pytest.raises(SparsityError, match="differ from the reference"):
         masks.check(result, CPU)

@@ -12,7 +12,7 @@ from nm_sparsity.classification.configs import Config, DataConfig
 from nm_sparsity.classification.data import load_splits
 from nm_sparsity.classification.models import build
 from nm_sparsity.classification.train import train
-from nm_sparsity.core.checkpoint import load
+from nm_sparsity.core.files.io import load
 
 Tiny = Callable[..., Config]
 

@@ -14,8 +14,8 @@ import torch
 
 from nm_sparsity.classification.configs import Config
 from nm_sparsity.classification.train import train
-from nm_sparsity.core.checkpoint import load
-from nm_sparsity.core.run import read_metrics
+from nm_sparsity.core.experiments.run import read_metrics
+from nm_sparsity.core.files.io import load
 
 Tiny = Callable[..., Config]
 TRAIN = "nm_sparsity.classification.train"

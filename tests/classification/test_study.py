@@ -11,7 +11,7 @@ from PIL import Image
 from nm_sparsity.classification import demo, study
 from nm_sparsity.classification.study import Study
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.checkpoint import load
+from nm_sparsity.core.files.io import load
 
 SMALL = Study(folder=Path("runs/demo"), seeds=1, choosing_seeds=1, epochs=1, decays=(0.5, 2.0), workers=2)
 

@@ -14,8 +14,9 @@ from nm_sparsity.classification import train as train_module
 from nm_sparsity.classification.configs import Config
 from nm_sparsity.classification.train import Trainer, train
 from nm_sparsity.core import CheckpointError, NMPattern, SparsityError, verify
-from nm_sparsity.core.checkpoint import find_parts, load
-from nm_sparsity.core.run import read_metrics
+from nm_sparsity.core.experiments.run import read_metrics
+from nm_sparsity.core.files.io import load
+from nm_sparsity.core.files.metadata import find_parts
 
 Tiny = Callable[..., Config]
 

@@ -7,8 +7,8 @@ import itertools
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from nm_sparsity.core.kernels import triton_kernel
-from nm_sparsity.core.kernels.cuda import BLOCK, LEAST_GROUPS
+from nm_sparsity.core.masks import triton_kernel
+from nm_sparsity.core.masks.cuda import BLOCK, LEAST_GROUPS
 
 TYPES = {"*fp32": 0x7F800001, "*bf16": 0x7F81, "*fp16": 0x7C01}
 

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nm_sparsity.core import MaskTracker, SparsityError, checkpoint, finalize, sparsify
+from nm_sparsity.core import MaskTracker, SparsityError, finalize, sparsify
+from nm_sparsity.core.files import checkpoint
 
 STEPS = 5
 

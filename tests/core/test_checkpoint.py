@@ -16,16 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nm_sparsity.core import (
-    CheckpointError,
-    checkpoint,
-    finalize,
-    load_sparsity_state,
-    sparsify,
-    sparsity_state,
-    verify,
-)
-from nm_sparsity.core.checkpoint import METADATA, find_parts, load, merge, restore, save, split
+from nm_sparsity.core import CheckpointError, finalize, load_sparsity_state, sparsify, sparsity_state, verify
+from nm_sparsity.core.files.checkpoint import merge, restore, split
+from nm_sparsity.core.files.io import load, save
+from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
 
 
 def make(layout: str = "channel", pattern: str = "2:4", method: str = "sr-ste") -> nn.Sequential:
@@ -131,7 +125,7 @@ def test_a_dense_checkpoint_initialises_and_a_finalized_one_too(tmp_path: Path) 
     finalized = copy.deepcopy(net)
     finalize(finalized)
     again = make(method="ste")
-    restore(again, finalized.state_dict(), checkpoint.describe(finalized))
+    restore(again, finalized.state_dict(), Metadata.of(finalized))
     assert torch.equal(again[2].weight, net[2].weight)
 
 
@@ -217,7 +211,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     before = path.read_bytes()
     code = (
         "import resource, signal, sys, torch\n"
-        "from nm_sparsity.core.checkpoint import save\n"
+        "from nm_sparsity.core.files.io import save\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "save(sys.argv[1], {'x': torch.zeros(1_000_000)})"
@@ -274,7 +268,7 @@ def test_what_kind_of_optimizer_stepped_is_remembered() -> None:
 def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "latest.pt"
     script = (
-        "import torch\nfrom nm_sparsity.core.checkpoint import save\n"
+        "import torch\nfrom nm_sparsity.core.files.io import save\n"
         f"i = 0\nwhile True:\n    save({str(path)!r}, {{'state_dict': {{'w': torch.full((500_000,), float(i))}}}})\n"
         "    i += 1\n    print(i, flush=True)\n"
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nm_sparsity.core import decay_strength, finalize, nm_mask, sparsify
-from nm_sparsity.core.decay import warn_if_strength_is_weak
+from nm_sparsity.core.model.strength import warn_if_strength_is_weak
 
 LAMBDA, LR = 0.5, 0.25
 

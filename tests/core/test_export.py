@@ -16,8 +16,10 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from nm_sparsity.core import SparsityError, VerificationError, export, finalize, keep_largest, sparsify
-from nm_sparsity.core.export import SemiStructuredConv2d, SemiStructuredLinear, to_onnx, to_semi_structured
+from nm_sparsity.core import SparsityError, VerificationError, finalize, keep_largest, sparsify
+from nm_sparsity.core.deploy import convert
+from nm_sparsity.core.deploy.convert import SemiStructuredConv2d, SemiStructuredLinear, to_semi_structured
+from nm_sparsity.core.deploy.onnx import to_onnx
 
 
 def as_it_is(x: Tensor) -> Tensor:
@@ -45,7 +47,9 @@ def product(read: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that seems to have CUTLASS. Compression and dispatch are torch's own; the product decompresses."""
-    monkeypatch.setattr(export, "unavailable", lambda backend, device: "" if backend == "cutlass" else "not emulated")
+    monkeypatch.setattr(
+        convert, "why_not_backend", lambda backend, device: "" if backend == "cutlass" else "not emulated"
+    )
     monkeypatch.setattr(Cutlass, "_validate_device_dim_dtype_shape", classmethod(lambda cls, w: None))
     monkeypatch.setattr(Cutlass, "_mm", product(as_it_is))
 
@@ -153,9 +157,9 @@ def test_the_algorithm_is_searched_once_a_shape(monkeypatch: pytest.MonkeyPatch)
         searched.append((tuple(weight.shape), tokens))
         return 7
 
-    monkeypatch.setattr(export, "unavailable", lambda backend, device: "")
-    monkeypatch.setattr(export, "compress", lambda matrix, backend: matrix.clone())
-    monkeypatch.setattr(export, "_fastest_algorithm", fastest)
+    monkeypatch.setattr(convert, "why_not_backend", lambda backend, device: "")
+    monkeypatch.setattr(convert, "compress", lambda matrix, backend: matrix.clone())
+    monkeypatch.setattr(convert, "_fastest_algorithm", fastest)
     model = finalized(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16)))
     report = to_semi_structured(model, tokens=99)
     assert report.backend == "cusparselt"
@@ -171,11 +175,11 @@ def test_the_faster_of_two_algorithms_wins(monkeypatch: pytest.MonkeyPatch) -> N
         assert dense.shape == (8, 16)  # rows as torch will pad them
         return 5, 1, 0
 
-    monkeypatch.setattr(export, "search_algorithm", search)
+    monkeypatch.setattr(convert, "search_algorithm", search)
     for default, searched, expected in ((1.0, 2.0, 0), (2.0, 1.0, 5)):
         times = {0: default, 5: searched}
-        monkeypatch.setattr(export, "_milliseconds", lambda call, t=times: t[weight.alg_id_cusparselt])  # type: ignore[attr-defined]
-        assert export._fastest_algorithm(weight, None, 3) == expected
+        monkeypatch.setattr(convert, "_milliseconds", lambda call, t=times: t[weight.alg_id_cusparselt])  # type: ignore[attr-defined]
+        assert convert._fastest_algorithm(weight, None, 3) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
@@ -226,7 +230,7 @@ def test_sparser_patterns_run_as_2_4(emulated: None, pattern: str) -> None:
 
 
 def test_a_model_in_a_dtype_that_the_backend_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "unavailable", lambda backend, device: "")
+    monkeypatch.setattr(convert, "why_not_backend", lambda backend, device: "")
     model = finalized(nn.Sequential(nn.Linear(64, 64))).float()
     with pytest.raises(SparsityError, match=r"cusparselt has no float32: convert the model first, with model\.half"):
         to_semi_structured(model, "cusparselt")
@@ -255,7 +259,7 @@ class OwnForward(nn.Linear):
 )
 def test_obstacles(module: nn.Module, dtype: torch.dtype, backend: str, expected: str) -> None:
     weight: Any = module.weight
-    found = export.obstacle(module, "weight", weight.shape, dtype, backend)
+    found = convert.why_not_layer(module, "weight", weight.shape, dtype, backend)
     assert expected in found
     assert bool(expected) == bool(found)
 
@@ -288,14 +292,14 @@ def test_what_a_gpu_has(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    assert expected in export.unavailable(backend, torch.device("cuda"))
+    assert expected in convert.why_not_backend(backend, torch.device("cuda"))
     if capability == (7, 5):
         with pytest.raises(SparsityError, match="2:4 cannot be accelerated here: needs sparse Tensor Cores"):
-            export.choose_backend("auto", torch.device("cuda"))
+            convert.choose_backend("auto", torch.device("cuda"))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     if capability == (9, 0):
         with pytest.raises(SparsityError, match=r"without cuSPARSELt; torch's CUTLASS kernels run on .* 8\.x only"):
-            export.choose_backend("auto", torch.device("cuda"))
+            convert.choose_backend("auto", torch.device("cuda"))
 
 
 def test_onnx_keeps_the_zeros_and_the_answers(tmp_path: Path) -> None:

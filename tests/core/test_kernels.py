@@ -18,9 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nm_sparsity.core import kernels
-from nm_sparsity.core.kernels import cpu, cuda, reference
-from nm_sparsity.core.kernels.layout import memory_layout
+from nm_sparsity.core.masks import cpu, cuda, ops, reference
+from nm_sparsity.core.masks.memory import memory_layout
 
 GROUP_SIZES = [2, 4, 8, 16, 32]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -33,7 +32,7 @@ def interpreted_triton() -> Iterator[ModuleType]:
     triton = pytest.importorskip("triton")
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = True
-    kernel = importlib.import_module("nm_sparsity.core.kernels.triton_kernel")
+    kernel = importlib.import_module("nm_sparsity.core.masks.triton_kernel")
     importlib.reload(kernel)
     yield cuda
     triton.knobs.runtime.interpret = before
@@ -44,7 +43,7 @@ def interpreted_triton() -> Iterator[ModuleType]:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A module with the three kernels. Compiled ones raise where they would hand the work to the reference."""
     if request.param in ("reference", "op"):
-        return {"reference": reference, "op": kernels}[request.param]
+        return {"reference": reference, "op": ops}[request.param]
     if request.param == "compiled":
         if cpu.library() is None:
             pytest.skip("the compiled kernel is not installed")
@@ -143,7 +142,7 @@ def test_threads_give_the_same(threads: int) -> None:
     expected = reference.keep_largest(w, 2, 4, 1)
     torch.set_num_threads(threads)
     try:
-        assert torch.equal(bits(kernels.keep_largest(w, 2, 4, 1)), bits(expected))
+        assert torch.equal(bits(ops.keep_largest(w, 2, 4, 1)), bits(expected))
     finally:
         torch.set_num_threads(before)
 
@@ -155,7 +154,7 @@ def test_no_other_choice_keeps_more(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, m - 1))
     group = data.draw(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=m, max_size=m))
     w = torch.tensor([group])
-    mask = kernels.nm_mask(w, n, m, 1)
+    mask = ops.nm_mask(w, n, m, 1)
     best = max(
         sorted((abs(w[0, i].item()) for i in chosen), reverse=True) for chosen in itertools.combinations(range(m), n)
     )
@@ -194,11 +193,11 @@ def test_add_dropped_other_dtypes(backend: ModuleType, dtype: torch.dtype) -> No
 def test_gradients_pass_straight_through() -> None:
     w = torch.randn(4, 8, requires_grad=True)
     upstream = torch.randn(4, 8)
-    (grad,) = torch.autograd.grad(kernels.keep_largest(w, 2, 4, 1), w, upstream)
+    (grad,) = torch.autograd.grad(ops.keep_largest(w, 2, 4, 1), w, upstream)
     assert torch.equal(grad, upstream)
-    assert not kernels.nm_mask(w, 2, 4, 1).requires_grad
+    assert not ops.nm_mask(w, 2, 4, 1).requires_grad
     parameter = torch.nn.Parameter(torch.randn(4, 8))
-    kernels.add_dropped_(parameter, parameter.detach().clone(), 2, 4, 1, 0.1)  # in place on a leaf
+    ops.add_dropped_(parameter, parameter.detach().clone(), 2, 4, 1, 0.1)  # in place on a leaf
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
@@ -212,7 +211,7 @@ def test_opcheck(layout: str) -> None:
 
 def test_compiled_training_equals_eager() -> None:
     def loss(w: Tensor, x: Tensor) -> Tensor:
-        return (torch.relu(x @ kernels.keep_largest(w, 2, 4, 1).t()) * kernels.nm_mask(w, 2, 4, 1).sum()).sum()
+        return (torch.relu(x @ ops.keep_largest(w, 2, 4, 1).t()) * ops.nm_mask(w, 2, 4, 1).sum()).sum()
 
     w, x = torch.randn(8, 16, requires_grad=True), torch.randn(3, 16)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
@@ -233,7 +232,7 @@ def test_triton_compiles_for_the_gpus() -> None:
 
 def test_fake_and_meta_tensors_keep_the_layout() -> None:
     w = torch.empty(8, 16, 3, 3, device="meta").to(memory_format=torch.channels_last)
-    kept = kernels.keep_largest(w, 2, 4, 1)
+    kept = ops.keep_largest(w, 2, 4, 1)
     assert (kept.shape, kept.stride(), kept.device.type) == (w.shape, w.stride(), "meta")
 
 
@@ -243,9 +242,9 @@ def test_without_the_compiled_kernel_it_says_so_once(monkeypatch: pytest.MonkeyP
     w = awkward((4, 16), torch.float32)
     try:
         with pytest.warns(RuntimeWarning, match="compiled CPU kernel is missing"):
-            kept = kernels.keep_largest(w, 2, 4, 1)
+            kept = ops.keep_largest(w, 2, 4, 1)
         assert torch.equal(bits(kept), bits(reference.keep_largest(w, 2, 4, 1)))
-        kernels.keep_largest(w, 2, 4, 1)  # a second warning would be an error here
+        ops.keep_largest(w, 2, 4, 1)  # a second warning would be an error here
     finally:
         cpu.library.cache_clear()
 
@@ -256,12 +255,12 @@ def test_the_compiled_kernel_takes_as_many_threads_as_torch_does() -> None:
         pytest.skip("the compiled kernel is not installed")
     script = """
 import os, torch
-from nm_sparsity.core import kernels
+from nm_sparsity.core.masks import ops
 w = torch.ones(512, 512)
 for threads in (2, 5):
     torch.set_num_threads(threads)
     before = len(os.listdir("/proc/self/task"))
-    kernels.keep_largest(w, 2, 4, 1)
+    ops.keep_largest(w, 2, 4, 1)
     print(len(os.listdir("/proc/self/task")) - before)
 """
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -283,6 +282,6 @@ def test_compiled_kernels_are_really_used(monkeypatch: pytest.MonkeyPatch) -> No
         for m in GROUP_SIZES:
             shape, axis, arrange = LAYOUTS[layout](m)
             w = arrange(torch.randn(shape))
-            kernels.keep_largest(w, 1, m, axis)
-            kernels.nm_mask(w.bfloat16(), 1, m, axis)
-            kernels.add_dropped_(torch.empty_like(w), w, 1, m, axis, 0.1)
+            ops.keep_largest(w, 1, m, axis)
+            ops.nm_mask(w.bfloat16(), 1, m, axis)
+            ops.add_dropped_(torch.empty_like(w), w, 1, m, axis, 0.1)

@@ -19,6 +19,8 @@ def source(tmp_path: Path) -> Path:
     """What building the kernel needs of the repository, without what is built already."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "nm_sparsity").mkdir()
+    shutil.copy(ROOT / "nm_sparsity" / "__init__.py", tmp_path / "nm_sparsity")
     shutil.copytree(ROOT / "core", tmp_path / "core", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
@@ -29,7 +31,7 @@ def build(source: Path, compiler: str) -> list[Path]:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     result = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return list((source / "core" / "kernels").glob("*.so"))
+    return list((source / "core" / "masks").glob("*.so"))
 
 
 def test_no_compiler_is_no_failure(source: Path) -> None:

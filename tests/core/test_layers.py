@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from nm_sparsity.core import finalize, frozen, keep_largest, sparsify, verify
-from nm_sparsity.core.layers import SparseLayer, registry, sparse_weights
+from nm_sparsity.core import Method, WeightState, finalize, frozen, keep_largest, sparsify, verify
+from nm_sparsity.core.model.layers import SparseLayer, registry, sparse_weights
 
 
 def twins(make: Callable[[], nn.Module], method: str = "ste") -> tuple[nn.Module, nn.Module]:
@@ -189,9 +189,15 @@ def test_export_after_finalize() -> None:
 
 def test_an_attribute_error_inside_the_property_is_not_swallowed() -> None:
     """nn.Module would answer it with the dense weight."""
-    sparse, _ = twins(mlp)
-    del sparse[0].nm_weights["weight"].state
-    sparse[0].nm_weights["weight"].__dict__.pop("dims")
+
+    class Broken(Method):
+        name = "broken"
+
+        def weight(self, w: Tensor, state: WeightState) -> Tensor:
+            raise AttributeError("no such thing")
+
+    sparse = mlp()
+    sparsify(sparse, method=Broken())
     with pytest.raises(RuntimeError, match="the sparse weight weight of SparseLinear failed"):
         sparse(torch.randn(1, 16))
 

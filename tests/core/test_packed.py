@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nm_sparsity.core import CheckpointError, SparsityError, VerificationError, finalize, masks, sparsify
-from nm_sparsity.core.checkpoint import METADATA, save, split
-from nm_sparsity.core.packed import FORMAT, POSITIONS, _digest, load_packed, pack, save_packed, unpack
-from nm_sparsity.core.record import Groups
+from nm_sparsity.core.files.checkpoint import split
+from nm_sparsity.core.files.io import save
+from nm_sparsity.core.files.metadata import METADATA
+from nm_sparsity.core.files.packed import FORMAT, POSITIONS, _digest, load_packed, pack, save_packed, unpack
+from nm_sparsity.core.pattern import NMPattern, Placement
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
@@ -39,7 +41,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @given(st.data())
 def test_any_pattern_unpacks_to_the_same_bits(data: st.DataObject) -> None:
     m = data.draw(st.integers(2, 33))
-    groups = Groups(f"{data.draw(st.integers(1, m - 1))}:{m}", data.draw(st.sampled_from([(1,), (0,), (1, 2)])))
+    groups = Placement(NMPattern(data.draw(st.integers(1, m - 1)), m), data.draw(st.sampled_from([(1,), (0,), (1, 2)])))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
     shape = {(1,): (3, 2 * m, 2), (0,): (m, 3, 2), (1, 2): (2, 3, m)}[groups.dims]
     w = torch.randn(shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
@@ -65,7 +67,7 @@ def test_a_model_comes_back(tmp_path: Path, pattern: str, layout: str, dtype: to
 
 def test_half_precision_2_4_takes_nine_sixteenths() -> None:
     w = masks.keep_largest(torch.randn(64, 256), "2:4").half()
-    values, positions = pack("w", w, Groups("2:4", (1,)))
+    values, positions = pack("w", w, Placement(NMPattern(2, 4), (1,)))
     assert values.nbytes + positions.nbytes == 0.5625 * w.nbytes
 
 

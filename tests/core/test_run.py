@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nm_sparsity.core import SparsityConfig, SparsityError
-from nm_sparsity.core.run import Run, read_metrics
+from nm_sparsity.core.experiments.run import Run, read_metrics
 from nm_sparsity.core.table import format_table
 
 

@@ -20,7 +20,7 @@ from nm_sparsity.core import (
     unsparsify,
     verify,
 )
-from nm_sparsity.core.layers import SparseLayer
+from nm_sparsity.core.model.layers import SparseLayer
 
 
 class Net(nn.Module):
@@ -242,7 +242,7 @@ def test_why_weights_stay_dense() -> None:
     assert found["weight_norm.parametrizations.weight.original1"][1].startswith("parametrized")
     assert found["lazy"][1].startswith("not initialised yet")
     assert found["hugging_face"][1].startswith("Hugging Face's Conv1D")
-    assert found["plain"] == ("2:4", "frozen: masked, not trained")
+    assert found["plain"] == ("2:4", "masked, not trained (requires_grad is False)")
 
 
 def test_old_weight_norm_stays_dense() -> None:

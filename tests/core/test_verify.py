@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from nm_sparsity.core import SparsityError, VerificationError, checkpoint, finalize, sparsify, verify
+from nm_sparsity.core import SparsityError, VerificationError, finalize, sparsify, verify
 from nm_sparsity.core.__main__ import main
+from nm_sparsity.core.files import checkpoint, io
 
 
 def make() -> nn.Sequential:
@@ -29,7 +30,7 @@ def ours(path: Path) -> Path:
     net = make()
     sparsify(net, "2:4", exclude=["3"])
     state, metadata = checkpoint.split(net)
-    checkpoint.save(path, {"state_dict": state, "nm_sparsity": metadata, "epoch": 3})
+    io.save(path, {"state_dict": state, "nm_sparsity": metadata, "epoch": 3})
     return path
 
 
@@ -115,9 +116,9 @@ def test_console_verify_exits_0_1_and_2(tmp_path: Path, capsys: pytest.CaptureFi
 def test_console_finalize_drops_what_is_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = ours(tmp_path / "ours.pt")
     assert main(["finalize", str(source), str(tmp_path / "final.pt")]) == 0
-    final = checkpoint.load(tmp_path / "final.pt")
+    final = io.load(tmp_path / "final.pt")
     assert "dropped" not in final["nm_sparsity"]
-    assert all(torch.equal(v, final["state_dict"][k]) for k, v in checkpoint.load(source)["state_dict"].items())
+    assert all(torch.equal(v, final["state_dict"][k]) for k, v in io.load(source)["state_dict"].items())
     assert (tmp_path / "final.pt").stat().st_size < source.stat().st_size
 
     torch.save(make().state_dict(), tmp_path / "shadow.pt")
@@ -126,7 +127,7 @@ def test_console_finalize_drops_what_is_dropped(tmp_path: Path, capsys: pytest.C
     assert "say which pattern" in capsys.readouterr().err
     assert not output.exists()
     assert main(["finalize", str(tmp_path / "shadow.pt"), str(output), "--pattern", "2:4", "--exclude", "3"]) == 0
-    masked = checkpoint.load(output)
+    masked = io.load(output)
     assert set(masked["nm_sparsity"]["layers"]) == {"0.weight", "2.weight"}
     assert torch.equal(masked["state_dict"]["3.weight"], make()[3].weight)
     assert main(["verify", str(output)]) == 0

@@ -19,7 +19,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from nm_sparsity.core import SparsityConfig, SparsityError, verify
-from nm_sparsity.core.checkpoint import load, restore
+from nm_sparsity.core.files.checkpoint import restore
+from nm_sparsity.core.files.io import load
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import evaluate, prepare, train
 

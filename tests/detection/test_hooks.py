@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError, finalize, nm_mask, verify
-from nm_sparsity.core.checkpoint import load, save
+from nm_sparsity.core.files.io import load, save
 from nm_sparsity.detection.hooks import NMSparseHook
 
 Make = Callable[..., Any]

@@ -17,7 +17,8 @@ from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer
 
-from nm_sparsity.core.checkpoint import METADATA, merge
+from nm_sparsity.core.files.checkpoint import merge
+from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation.__main__ import USER_DIR
 
 WIDTH = 16

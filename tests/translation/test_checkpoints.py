@@ -21,7 +21,8 @@ from fairseq_tools import arguments, batches, environment, equal, in_subprocess,
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from nm_sparsity.core import CheckpointError, verify
-from nm_sparsity.core.checkpoint import METADATA, merge
+from nm_sparsity.core.files.checkpoint import merge
+from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import trainer as trainer_module
 from nm_sparsity.translation.average import Options, average
 from nm_sparsity.translation.evaluate import load_run, translate

@@ -17,7 +17,7 @@ from fairseq_tools import arguments, environment, in_subprocess
 from torch.nn import functional as F
 
 from nm_sparsity.core import SparsityError, VerificationError
-from nm_sparsity.core.checkpoint import METADATA
+from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import demo, recipes, study
 from nm_sparsity.translation import evaluate as module
 from nm_sparsity.translation.__main__ import USER_DIR

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from nm_sparsity.core import MaskTracker, SparsityConfig, SparsityError, unsparsify
-from nm_sparsity.core.layers import SparseLayer
+from nm_sparsity.core.model.layers import SparseLayer
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.options import add_options, as_options, sparsity_config
 from nm_sparsity.translation.trainer import unwrap

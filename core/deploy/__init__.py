@@ -1,0 +1,1 @@
+"""From a finalized model to something faster."""

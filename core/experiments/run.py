@@ -1,0 +1,156 @@
+"""The folder of a run: what was asked (config.json), where it ran (environment.json), what came out (metrics.jsonl)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nm_sparsity.core.errors import SparsityError
+
+_PACKAGES = (
+    *("nm-sparsity", "torchvision", "triton", "numpy"),
+    *("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "mmengine", "mmcv", "mmcv-lite", "mmdet", "pycocotools"),
+    *("ve-fairseq", "sentencepiece", "sacrebleu"),
+)
+"""Those that are installed are recorded."""
+
+
+def environment(seed: int | None = None) -> dict[str, Any]:
+    """What a figure needs beside it to be believed: commit, versions, hardware, threads, seed, command, time."""
+    return {
+        "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: found for name in _PACKAGES if (found := _version(name))},
+        "cuda": torch.version.cuda,
+        "os": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "seed": seed,
+    }
+
+
+class Run:
+    """A run folder, open for writing metrics. On ranks other than 0 pass ``folder=None``: nothing is written.
+
+    TensorBoard events go beside the JSON lines if ``tensorboard`` is installed.
+
+    Raises:
+        SparsityError: if the folder cannot be written.
+    """
+
+    def __init__(
+        self, folder: str | Path | None, config: Any = None, seed: int | None = None, resume: bool = False
+    ) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self._metrics: Any = None
+        self._board: Any = None
+        if self.folder is None:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", config)
+            write_json(self.folder / "environment.json", environment(seed))
+            mode = "a" if resume else "w"
+            self._metrics = open(self.folder / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise SparsityError(f"cannot write the run folder {self.folder}: {error}") from error
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._board = SummaryWriter(str(self.folder))
+
+    def log(self, step: int, values: Mapping[str, float | str | None]) -> None:
+        """Append one JSON line ``{"step": step, **values}``; numbers also go to TensorBoard under their names."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def as_json(value: Any) -> Any:
+    """`value` (dataclasses allowed) as JSON types; what JSON does not know becomes text."""
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    return json.loads(json.dumps(plain, default=str))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` (dataclasses allowed) as indented JSON in `path`."""
+    path.write_text(json.dumps(as_json(value), indent=2) + "\n", encoding="utf-8")
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` in a run folder.
+
+    Raises:
+        SparsityError: if there is none.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise SparsityError(f"{folder} is not a run folder: it has no metrics.jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _commit() -> str | None:
+    """The commit of this repository, with "+" if the working tree differs; ``None`` where there is no git."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != root:
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()

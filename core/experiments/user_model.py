@@ -1,0 +1,53 @@
+"""Naming a model on a command line: torchvision's by name, anybody's as ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from inspect import signature
+from typing import Any
+
+from torch import nn
+
+from nm_sparsity.core.errors import SparsityError
+
+
+def build(name: str, arguments: Sequence[Any] = ()) -> nn.Module:
+    """The torchvision model `name` without its weights, or what ``package.module:function`` returns for `arguments`.
+
+    The current folder is importable.
+
+    Raises:
+        SparsityError: if there is no such model, or building it fails, saying how.
+    """
+    module, _, function = name.partition(":")
+    if function:
+        return _call(name, module, function, arguments)
+    try:
+        from torchvision.models import get_model, get_model_builder, list_models
+    except ImportError as error:
+        raise SparsityError(f'"{name}" needs torchvision: pip install "nm-sparsity[classification]"') from error
+    if name not in list_models():
+        close = [known for known in list_models() if known.startswith(name[:4])] or list_models()
+        raise SparsityError(
+            f'unknown model "{name}"; torchvision has {", ".join(close[:8])} ...; '
+            "for a model of your own write package.module:function"
+        )
+    # Detectors would otherwise fetch a pretrained backbone.
+    takes = signature(get_model_builder(name)).parameters
+    model: nn.Module = get_model(name, *arguments, **dict.fromkeys({"weights", "weights_backbone"} & set(takes)))
+    return model
+
+
+def _call(name: str, module: str, function: str, arguments: Sequence[Any]) -> nn.Module:
+    sys.path.insert(0, "")
+    try:
+        model = getattr(importlib.import_module(module), function)(*arguments)
+    except Exception as error:  # Whatever a user's own code raises.
+        raise SparsityError(f'cannot build "{name}": {error}') from error
+    finally:
+        sys.path.remove("")
+    if not isinstance(model, nn.Module):
+        raise SparsityError(f'"{name}" returned {type(model).__name__}, expected a torch.nn.Module')
+    return model

@@ -1,0 +1,1 @@
+"""What is on disk: atomic, safe to load, and checked."""

@@ -1,0 +1,85 @@
+"""N:M masks of a weight: what is kept of it, which entries those are, and whether it has the pattern.
+
+A group is `m` consecutive entries of the flattening of the *reduction dimensions* `dims`, the other dimensions fixed.
+``dims=(1,)``: consecutive input channels of a filter or input features of a linear layer (the channel layout);
+``dims=(1, 2, 3)``: consecutive weights of a filter flattened as (C_in/groups, kh, kw) (the kernel layout);
+``dims=(0,)``: consecutive input channels of a transposed convolution, whose weight is (C_in, C_out/groups, kh, kw).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.masks import ops
+from nm_sparsity.core.masks.groups import Dims, reduction_last, reduction_size, restore_order
+from nm_sparsity.core.pattern import NMPattern
+
+
+def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:
+    """`w` with exactly N of every group kept and the others +0; the gradient passes straight through to all of `w`.
+
+    The largest magnitudes survive, the lowest index among equals, NaN before infinity.
+
+    Raises:
+        SparsityError: if `w` is not floating point or the reduction size is not a multiple of M.
+    """
+    n, m = _check(w, pattern, dims)
+    if len(dims) == 1:
+        return ops.keep_largest(w, n, m, dims[0])
+    return restore_order(ops.keep_largest(reduction_last(w, dims), n, m, w.dim() - len(dims)), w.shape, dims)
+
+
+def nm_mask(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:
+    """Boolean mask of the entries that `keep_largest` keeps, in the shape of `w`."""
+    n, m = _check(w, pattern, dims)
+    w = w.detach()
+    if len(dims) == 1:
+        return ops.nm_mask(w, n, m, dims[0])
+    return restore_order(ops.nm_mask(reduction_last(w, dims), n, m, w.dim() - len(dims)), w.shape, dims)
+
+
+def add_dropped_(target: Tensor, w: Tensor, pattern: str | NMPattern, dims: Dims, scale: float | Tensor) -> Tensor:
+    """``target += scale * (1 - mask) * w`` in place, without autograd: the SR-STE term. Returns `target`.
+
+    `scale` is a number or a 0-dim tensor on `w`'s device.
+    """
+    n, m = _check(w, pattern, dims)
+    with torch.no_grad():
+        if len(dims) == 1:
+            return ops.add_dropped_(target, w, n, m, dims[0], scale)
+        flat = ops.add_dropped_(reduction_last(target, dims), reduction_last(w, dims), n, m, w.dim() - len(dims), scale)
+        if flat.data_ptr() != target.data_ptr():  # flattening had to copy
+            target.copy_(restore_order(flat, target.shape, dims))
+    return target
+
+
+def satisfies(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> bool:
+    """Whether no group of `w` has more than N non-zeros."""
+    return count_violations(w, pattern, dims) == 0
+
+
+def count_violations(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> int:
+    """The number of groups of `w` with more than N non-zeros (NaN counts as a non-zero)."""
+    n, m = _check(w, pattern, dims)
+    groups = reduction_last(w.detach(), dims).unflatten(-1, (-1, m))
+    return int((groups.ne(0).sum(-1) > n).sum())
+
+
+def group_count(w: Tensor, pattern: str | NMPattern) -> int:
+    """The number of groups of `w`."""
+    return w.numel() // NMPattern.parse(pattern).m
+
+
+def _check(w: Tensor, pattern: str | NMPattern, dims: Dims) -> tuple[int, int]:
+    pattern = NMPattern.parse(pattern)
+    size = reduction_size(w.shape, dims)
+    if size % pattern.m:
+        raise SparsityError(
+            f"the reduction size {size} (dimensions {dims} of shape {tuple(w.shape)}) is not a multiple of "
+            f"M = {pattern.m}; choose a pattern whose M divides it or leave the weight dense"
+        )
+    if not w.dtype.is_floating_point:
+        raise SparsityError(f"an N:M mask needs a floating-point weight, found {w.dtype}")
+    return pattern.n, pattern.m

@@ -1,0 +1,57 @@
+"""The one sparsity configuration that all tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from nm_sparsity.core.methods import Method, make_method
+from nm_sparsity.core.model.convert import sparsify
+from nm_sparsity.core.model.report import SparsityReport
+from nm_sparsity.core.model.rules import Rules
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """The arguments of `sparsify` as data: for configs, command lines and run folders.
+
+    Raises:
+        SparsityError: at once, for a malformed pattern, an unknown method or layout, or a decay that the method lacks.
+    """
+
+    pattern: str = "2:4"
+    """N:M, keep N of every M consecutive weights."""
+    method: str = "sr-ste"
+    """dense, ste, sr-ste or asp."""
+    decay: float | None = None
+    """SR-STE's lambda; None is the method's default (2e-4). Its strength is lambda * sum(lr)."""
+    layout: str = "channel"
+    """channel (what sparse Tensor Cores need) or kernel (the paper's original)."""
+    include: tuple[str, ...] = ()
+    """Globs of the layers to convert; empty means all."""
+    exclude: tuple[str, ...] = ()
+    """Globs of layers that stay dense."""
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    """Glob -> pattern, or "dense", for layers that differ; the last match wins."""
+    remainder: str = "dense"
+    """What to do with a weight whose reduction size M does not divide: dense or error."""
+
+    def __post_init__(self) -> None:
+        self.make_method()
+        Rules.parse(**self._arguments())
+
+    def make_method(self) -> Method:
+        """The method with its hyperparameters."""
+        return make_method(self.method, **({} if self.decay is None else {"decay": self.decay}))
+
+    def sparsify(self, model: nn.Module) -> SparsityReport:
+        """`sparsify` `model` as configured, in place."""
+        return sparsify(model, method=self.make_method(), **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        arguments = asdict(self)
+        del arguments["method"], arguments["decay"]
+        return arguments

@@ -1,0 +1,196 @@
+"""How a layer becomes sparse: its class is swapped for a subclass whose weight is a property.
+
+The property returns the masked weight, so whoever reads ``layer.weight`` (forward, fused attention, an exporter)
+computes with the sparse one, while ``_parameters`` and ``state_dict`` keep the dense shadow weight under its own name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nm_sparsity.core.methods import WeightState
+
+registry: WeakSet[SparseLayer] = WeakSet()
+"""Every sparse layer alive, deep copies and unpickled ones too: where optimizer steps find the shadow weights."""
+
+
+class SparseLayer:
+    """Mixin in front of a dense layer class; made by `convert`, undone by `revert`."""
+
+    # Defaults on the class, so that ``type(layer)(...)`` makes a layer that is dense until it is converted.
+    nm_weights: dict[str, WeightState] = {}  # noqa: RUF012
+    """What makes each weight sparse, by parameter name."""
+    _nm_raw = False
+    """While set, the weight properties return the shadow weights."""
+    _nm_frozen: dict[str, Tensor] | None = None
+    """Inside `frozen`: the masked weights computed so far."""
+    _nm_blocks = 0
+    """How many `frozen` blocks the layer is in."""
+    _parameters: dict[str, nn.Parameter | None]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for name in self.nm_weights:
+            # Inside forward FSDP2 has gathered a plain tensor; a DTensor that is still one is tensor parallelism.
+            if isinstance(self._parameters.get(name), DTensor):
+                raise RuntimeError(
+                    f"{type(self).__name__}.{name} is a tensor-parallel DTensor: N:M layers support FSDP2's "
+                    "fully_shard and DDP, not tensor parallelism; exclude this layer from sparsify"
+                )
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> SparseLayer:
+        """As `nn.Module.apply`, with `fn` seeing the shadow weight, so that initialisers reach it."""
+        with _raw(self):
+            super().apply(fn)  # type: ignore[misc]
+        return self
+
+    def reset_parameters(self) -> None:
+        """As the dense layer's, on the shadow weight."""
+        with _raw(self):
+            super().reset_parameters()  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state: Any = self.__getstate__()
+        transient = ("_nm_raw", "_nm_frozen", "_nm_blocks")
+        kept = {key: value for key, value in state.items() if key not in transient}
+        return _rebuild, (dense_class(self), tuple(self.nm_weights)), kept
+
+    def extra_repr(self) -> str:
+        patterns = sorted({str(sparse.pattern) for sparse in self.nm_weights.values()})
+        own = super().extra_repr()  # type: ignore[misc]
+        return ", ".join(filter(None, [own, *patterns]))
+
+
+def convert(module: nn.Module, weights: dict[str, WeightState]) -> None:
+    """Swap the class of `module` so that the parameters named in `weights` are sparse. In place; no tensor changes."""
+    module.__dict__["nm_weights"] = weights
+    module.__class__ = _sparse_class(type(module), tuple(weights))  # type: ignore[arg-type]
+    assert isinstance(module, SparseLayer)
+    registry.add(module)
+
+
+def revert(module: nn.Module) -> None:
+    """Give a converted `module` its dense class back. In place; no tensor changes."""
+    assert isinstance(module, SparseLayer)
+    registry.discard(module)
+    module.__class__ = dense_class(module)  # type: ignore[assignment]
+    for key in ("nm_weights", "_nm_raw", "_nm_frozen", "_nm_blocks"):
+        module.__dict__.pop(key, None)
+
+
+def dense_class(module: SparseLayer) -> type[nn.Module]:
+    """The class that a sparse layer had before."""
+    dense: type[nn.Module] = type(module).__mro__[2]
+    return dense
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLayer]]:
+    """The converted modules of `model` with their names, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer):
+            yield name, module
+
+
+def sparse_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, WeightState]]:
+    """(state-dict name, shadow weight, what makes it sparse) of `model`, a tied parameter once, by its first name."""
+    seen = set()
+    for name, layer in sparse_layers(model):
+        for param_name, sparse in layer.nm_weights.items():
+            param = layer._parameters.get(param_name)
+            if param is not None and id(param) not in seen:
+                seen.add(id(param))
+                yield (f"{name}.{param_name}" if name else param_name), param, sparse
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """A block in which each masked weight of `model` is computed once and reused: for evaluation and decoding.
+
+    Weights must not change inside. Reads with gradients enabled are not cached, so training inside stays correct.
+    """
+    layers = [layer for _, layer in sparse_layers(model)]
+    for layer in layers:
+        if layer._nm_frozen is None:
+            layer._nm_frozen = {}
+        layer._nm_blocks += 1
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._nm_blocks -= 1
+            if not layer._nm_blocks:
+                layer._nm_frozen = None
+
+
+@contextmanager
+def _raw(layer: SparseLayer) -> Iterator[None]:
+    before, layer._nm_raw = layer._nm_raw, True
+    try:
+        yield
+    finally:
+        layer._nm_raw = before
+
+
+@cache
+def _sparse_class(dense: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    # torch.fx takes layers of torch.nn as they are, by their module's name.
+    members = {"__module__": dense.__module__, **{name: _property(name) for name in names}}
+    return type(f"Sparse{dense.__name__}", (SparseLayer, dense), members)
+
+
+def _rebuild(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    module: Any = dense.__new__(_sparse_class(dense, names))  # type: ignore[arg-type]
+    registry.add(module)
+    return module
+
+
+def _property(name: str) -> property:
+    def get(layer: SparseLayer) -> Any:
+        if name not in layer._parameters and name not in layer.__dict__:
+            raise AttributeError(f"{type(layer).__name__} has no {name}: something took its parameter away")
+        try:
+            return _effective(layer, name)
+        except AttributeError as error:
+            # nn.Module would answer an AttributeError with the dense weight from _parameters, in silence.
+            raise RuntimeError(f"the sparse weight {name} of {type(layer).__name__} failed: {error}") from error
+
+    def set_plain(layer: SparseLayer, value: Any) -> None:
+        # nn.Module handles Parameters itself; DataParallel's replicas carry plain tensors.
+        layer.__dict__[name] = value
+
+    def delete(layer: SparseLayer) -> None:
+        raise RuntimeError(
+            f"{type(layer).__name__}.{name} belongs to a sparse layer and cannot be replaced by a wrapper (FSDP1, "
+            "prune, parametrize): use fully_shard, or call finalize or unsparsify first"
+        )
+
+    return property(get, set_plain, delete)
+
+
+def _effective(layer: SparseLayer, name: str) -> Any:
+    w = layer._parameters[name] if name in layer._parameters else layer.__dict__[name]
+    sparse = layer.nm_weights.get(name)
+    if w is None or sparse is None or layer._nm_raw:
+        return w
+    if isinstance(w, DTensor):
+        # FSDP2 reads the attribute outside forward to register its shard.
+        if 0 in sparse.dims:
+            raise RuntimeError(
+                f"{type(layer).__name__}.{name} groups its dimension 0, which FSDP2 shards: "
+                "exclude transposed convolutions from sparsify when using fully_shard"
+            )
+        return w
+    frozen_weights = layer._nm_frozen
+    if frozen_weights is None or torch.is_grad_enabled():
+        return sparse.method.weight(w, sparse)
+    if name not in frozen_weights:
+        frozen_weights[name] = sparse.method.weight(w, sparse)
+    return frozen_weights[name]

@@ -1,0 +1,54 @@
+"""How strongly the decay of dropped weights acted: lambda * sum(lr)."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from nm_sparsity.core.model.layers import sparse_weights
+
+WEAK_DECAY = 0.1
+"""Below this lambda * sum(lr), dropped weights hardly decay and SR-STE trains like STE."""
+
+
+def decay_strength(model: nn.Module) -> float | None:
+    """lambda * sum(lr) over all optimizer steps so far: how strongly dropped weights were decayed, at most.
+
+    With plain SGD a weight that is dropped throughout shrinks by about exp(-strength), with momentum by
+    exp(-strength / (1 - momentum)). About 6 in the paper's ImageNet run; below 0.1 SR-STE acts like STE. Adaptive
+    optimizers divide the term by the gradient's magnitude, which no such scale describes. ``None`` if the method has
+    no decay or has not been stepped.
+    """
+    strengths = [
+        sparse.method.hyperparameters().get("decay", 0.0) * float(sparse.lr_sum)
+        for _, param, sparse in sparse_weights(model)
+        if param.requires_grad
+    ]
+    return max(strengths, default=0.0) or None
+
+
+def warn_if_weak(model: nn.Module) -> None:
+    """Warn if the decay never reached the weights, or was too weak to matter in the SGD steps so far."""
+    trained = [s for _, p, s in sparse_weights(model) if p.requires_grad and p.grad is not None]
+    if trained and not any(sparse.lr_sum for sparse in trained):
+        warnings.warn(
+            "the sparse weights got gradients, but no torch.optim optimizer stepped them: if they were trained, their "
+            "method's part in it (SR-STE's decay, ASP's mask) was never applied",
+            UserWarning,
+            stacklevel=3,
+        )
+    strength = decay_strength(model)
+    if strength is not None and not any(s.preconditioned for _, _, s in sparse_weights(model)):
+        warn_if_strength_is_weak(strength)
+
+
+def warn_if_strength_is_weak(strength: float) -> None:
+    """Warn if `strength`, done or planned, is too weak to matter."""
+    if strength < WEAK_DECAY:
+        warnings.warn(
+            f"lambda * sum(lr) is {strength:.2g}: below {WEAK_DECAY} dropped weights hardly decay and SR-STE trains "
+            "like STE (the paper's ImageNet run has 6); a short run needs a larger decay",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""What happens at an optimizer step, and what can be seen of it."""

@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
-from nm_sparsity.classification.evaluate import FINALIZED
 from nm_sparsity.classification.study import Study, conduct, results_table
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.finalize import FINALIZED
 
 DEMO = Study(recipe="digits_dense", folder=Path("runs/demo"), patterns=("2:4", "1:8"), seeds=5, epochs=30)
 

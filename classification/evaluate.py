@@ -21,12 +21,13 @@ from nm_sparsity.classification.data import eval_batches, load_splits
 from nm_sparsity.classification.models import build
 from nm_sparsity.core import CheckpointError, SparsityError, frozen, verify
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.finalize import FINALIZED
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
 from nm_sparsity.core.files.metadata import METADATA, find_parts
 
-FINALIZED, LATEST, BEST = "finalized.pt", "latest.pt", "best.pt"
-"""The checkpoints of a run folder: the end product, the one to resume from, the best on the validation images."""
+LATEST, BEST = "latest.pt", "best.pt"
+"""Beside `FINALIZED` in a run folder: the checkpoint to resume from, and the best on the validation images."""
 
 
 @dataclass(frozen=True)

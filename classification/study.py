@@ -26,10 +26,11 @@ from tqdm import tqdm
 from nm_sparsity.classification import configs
 from nm_sparsity.classification.configs import Config, difference
 from nm_sparsity.classification.data import load_splits
-from nm_sparsity.classification.evaluate import FINALIZED, LATEST
+from nm_sparsity.classification.evaluate import LATEST
 from nm_sparsity.classification.train import SUMMARY, train
 from nm_sparsity.core import SparsityConfig, SparsityError, Verification, verify
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.finalize import FINALIZED
 from nm_sparsity.core.experiments.run import environment, read_metrics
 from nm_sparsity.core.table import format_table
 

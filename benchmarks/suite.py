@@ -3,7 +3,7 @@
 On a GPU: the kernels against the oracle and the memory bandwidth, the training overhead in bf16, the sweep of products,
 and whole models until the time is over. On a CPU: what can run there. A benchmark that fails leaves its rows so far
 and the reason, and the next one runs. Needs torch, torchvision, triton and numpy, and this repository
-(``PYTHONPATH=.typing`` where it is not installed).
+(``PYTHONPATH=.`` where it is not installed).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ _HISTORY: list[Any] = [
 
 
 def load_safely(path: str | Path) -> Any:
-    """`nm_sparsity.core.checkpoint.load` that also takes what MMEngine writes without `NMSparseHook`."""
+    """`nm_sparsity.core.files.io.load` that also takes what MMEngine writes without `NMSparseHook`."""
     with torch.serialization.safe_globals(_HISTORY):
         return load(path)
 

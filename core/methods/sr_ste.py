@@ -27,7 +27,7 @@ from nm_sparsity.core.methods.base import Method, WeightState, register
 @dataclass(frozen=True)
 class SRSTE(Method):
     """`decay` is lambda. Its natural scale is lambda * sum(lr): about 6 in the paper's ImageNet run, so short runs
-    need a larger lambda (see `nm_sparsity.core.decay.decay_strength`)."""
+    need a larger lambda (see `nm_sparsity.decay_strength`)."""
 
     name = "sr-ste"
     decay: float = 2e-4

@@ -11,7 +11,7 @@ from torch import nn
 from nm_sparsity.benchmarks import accelerate
 from nm_sparsity.core import finalize, sparsify
 from nm_sparsity.core.files.io import save
-from nm_sparsity.core.files.metadata import METADATA, describe
+from nm_sparsity.core.files.metadata import METADATA, Metadata
 
 
 def build(width: int) -> nn.Module:
@@ -23,7 +23,7 @@ def checkpoint(tmp_path: Path) -> Path:
     model = build(32)
     sparsify(model)
     finalize(model)
-    save(tmp_path / "finalized.pt", {"state_dict": model.state_dict(), METADATA: describe(model)})
+    save(tmp_path / "finalized.pt", {"state_dict": model.state_dict(), METADATA: Metadata.of(model).to_dict()})
     return tmp_path / "finalized.pt"
 
 
@@ -56,7 +56,7 @@ def test_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = build_text(32)
     sparsify(model)
     finalize(model)
-    save(tmp_path / "finalized.pt", {"state_dict": model.state_dict(), METADATA: describe(model)})
+    save(tmp_path / "finalized.pt", {"state_dict": model.state_dict(), METADATA: Metadata.of(model).to_dict()})
     assert run(tmp_path / "finalized.pt", "my_models:build_text", "[32]", "4,7", "--vocabulary", "50") == 0
     assert run(tmp_path / "finalized.pt", "my_models:build_text", "[32]", "4,7") == 1
     assert "does not take an input of 4x7 (torch.float32)" in capsys.readouterr().err

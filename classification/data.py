@@ -6,7 +6,6 @@ interrupted: the order of an epoch and the augmentation of each part of a batch 
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torchvision.transforms import v2
 from nm_sparsity.classification import distributed
 from nm_sparsity.classification.configs import Config, DataConfig
 from nm_sparsity.core import SparsityError
+from nm_sparsity.core.experiments import fashion_mnist
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -192,29 +192,15 @@ def _digits(config: DataConfig) -> Splits:
 
 
 def _fashion_mnist(config: DataConfig) -> Splits:
-    """Fashion-MNIST's IDX files: 54,000 to train on and 6,000 to choose on from its train part, 10,000 to report on."""
+    """Fashion-MNIST: 54,000 to train on and 6,000 to choose on from its train part, 10,000 to report on."""
+    pictures, held_out = fashion_mnist.read(config.root)
+    val, train = stratified(pictures.labels, 0.1)
 
-    def read(part: str) -> tuple[Tensor, Tensor]:
-        return read_idx(_find(f"{part}-images-idx3-ubyte")), read_idx(_find(f"{part}-labels-idx1-ubyte")).long()
-
-    def _find(name: str) -> Path:
-        for root in (config.root, Path("/usr/share/datasets/fashion-mnist")):
-            if found := sorted(root.rglob(f"{name}*")):
-                return found[0]
-        raise SparsityError(
-            f"no {name} under {config.root}; one of these gets Fashion-MNIST:\n"
-            f"  mkdir -p {config.root} && (cd {config.root} && apt-get download dataset-fashion-mnist && "
-            "dpkg-deb -x dataset-fashion-mnist_*.deb .)\n"
-            f"  python -c \"import torchvision; torchvision.datasets.FashionMNIST('{config.root}', download=True)\""
-        )
-
-    images, labels = read("train")
-    val, train = stratified(labels.numpy(), 0.1)
-
-    def part(images: Tensor, labels: Tensor) -> SmallImages:
+    def part(of: fashion_mnist.Pictures, at: Any = slice(None)) -> SmallImages:
+        images, labels = torch.from_numpy(of.images[at]), torch.from_numpy(of.labels[at])
         return SmallImages(images, labels, shift=2, flip=True, mean=0.286, std=0.353)
 
-    return Splits(part(images[train], labels[train]), part(images[val], labels[val]), part(*read("t10k")), classes=10)
+    return Splits(part(pictures, train), part(pictures, val), part(held_out), classes=len(fashion_mnist.CLASSES))
 
 
 def stratified(labels: np.ndarray[Any, Any], share: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -223,23 +209,6 @@ def stratified(labels: np.ndarray[Any, Any], share: float) -> tuple[np.ndarray[A
 
     rest, held_out = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=0)
     return np.sort(held_out), np.sort(rest)
-
-
-def read_idx(path: Path) -> Tensor:
-    """The uint8 tensor in an IDX file, gzipped or not.
-
-    Raises:
-        SparsityError: if the file is cut short or of another format.
-    """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, dims = int.from_bytes(raw[:2], "big"), raw[2], raw[3]
-        shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-        if (zero, kind) != (0, 8):
-            raise ValueError("not an IDX file of bytes")
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
-    except (OSError, EOFError, ValueError, IndexError) as error:
-        raise SparsityError(f"{path} cannot be read ({error}); fetch it again") from None
 
 
 class ImageFolder(Images):

@@ -5,8 +5,6 @@ No item is in two splits, and no part of a photograph is in both train and the o
 
 from __future__ import annotations
 
-import gzip
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from nm_sparsity.core.experiments import fashion_mnist
 from nm_sparsity.detection import coco
 
 Floats = NDArray[np.float32]
@@ -25,10 +24,6 @@ TRAIN_SHARE = 0.7
 
 TRIES = 20
 MOST_HIDDEN = 0.5
-FASHION = (
-    *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
 
 
 @dataclass(frozen=True)
@@ -54,30 +49,16 @@ def digits() -> dict[str, Items]:
     return {"train": items[:split], "val": items[split:middle], "test": items[middle:]}
 
 
-def fashion(folder: Path) -> dict[str, Items]:
-    """Fashion-MNIST's 28x28 items (Xiao et al., arXiv 1708.07747) from its four IDX files: 60,000 train, and its
-    test set halved into val and test."""
+def fashion(train: fashion_mnist.Pictures, held_out: fashion_mnist.Pictures) -> dict[str, Items]:
+    """Fashion-MNIST's items by split: its training part for train, its test part halved into val and test."""
 
-    def read(name: str) -> Items:
-        images = _read_idx(folder / f"{name}-images-idx3-ubyte.gz")
-        labels = _read_idx(folder / f"{name}-labels-idx1-ubyte.gz")
-        brightness = (images / 255).astype(np.float32)
-        return Items(brightness, (images > 20).astype(np.float32), labels.astype(np.int64))
+    def items(pictures: fashion_mnist.Pictures) -> Items:
+        brightness = (pictures.images / 255).astype(np.float32)
+        return Items(brightness, (pictures.images > 20).astype(np.float32), pictures.labels)
 
-    held_out = read("t10k")
+    val_and_test = items(held_out)
     half = len(held_out.labels) // 2
-    return {"train": read("train"), "val": held_out[:half], "test": held_out[half:]}
-
-
-def _read_idx(path: Path) -> Bytes:
-    try:
-        content = gzip.decompress(path.read_bytes())
-        dimensions = struct.unpack(f">{content[3]}I", content[4 : 4 + 4 * content[3]])
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(dimensions)
-    except FileNotFoundError:
-        raise coco.DataError(f"{path}: no such file; the folder must hold Fashion-MNIST's four .gz files") from None
-    except (OSError, EOFError, ValueError, IndexError, struct.error) as error:
-        raise coco.DataError(f"{path} is not a gzipped IDX file: {error}") from None
+    return {"train": items(train), "val": val_and_test[:half], "test": val_and_test[half:]}
 
 
 def photographs() -> tuple[list[Bytes], list[Bytes]]:

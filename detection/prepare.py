@@ -1,27 +1,22 @@
-"""Make or check a data set: ``python -m nm_sparsity.detection.prepare {coco,composed,fashion,trees,voc} --out DIR``.
+"""Make or check a data set: ``python -m nm_sparsity.detection.prepare {coco,composed,fashion,voc} --out DIR``.
 
 All but ``coco`` write ``DIR/train``, ``DIR/val`` (most also ``DIR/test``) and ``DIR/annotations/instances_*.json``.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
-from PIL import Image
 
+from nm_sparsity.core.experiments import fashion_mnist
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.detection import coco, compose, voc
 
-DEEPFOREST = "deepforest==2.1.0"
-FASHION_PACKAGE = "dataset-fashion-mnist"
-FASHION_FOLDER = Path("usr/share/datasets/fashion-mnist")
 COCO_PARTS = {
     "train2017": "http://images.cocodataset.org/zips/train2017.zip",
     "val2017": "http://images.cocodataset.org/zips/val2017.zip",
@@ -64,38 +59,14 @@ def fashion(
 
     Args:
         out: the folder to write.
-        source: a folder with Fashion-MNIST's four .gz files; without it, Debian's package is used or fetched.
+        source: a folder that holds Fashion-MNIST's four IDX files; without it, Debian's package is used or fetched.
         train: pictures for training.
         val: pictures for validation, and as many for test.
         size: their width and height in pixels.
         seed: of the drawing.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        items = compose.fashion(source or _debian_fashion(Path(temporary)))
-    _compose(items, compose.FASHION, out, train, val, size, seed)
-
-
-def trees(out: Path, size: int = 200) -> None:
-    """Real aerial photographs with tree boxes (DeepForest, Weinstein et al. 2020, MIT), in tiles.
-
-    Train and val are different photographs; ``test`` is two more sites. Dead trees count as trees.
-
-    Args:
-        out: the folder to write.
-        size: a tile's width and height in pixels.
-    """
-    splits = {
-        "train": ["2019_YELL_2_528000_4978000_image_crop2"],
-        "val": ["2019_YELL_2_541000_4977000_image_crop"],
-        "test": ["OSBS_029", "SOAP_061"],
-    }
-    _require_folder(out)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = _deepforest(Path(temporary))
-        for split, names in splits.items():
-            pairs = [(folder / f"{name}.png", folder / f"{name}.xml") for name in names]
-            voc.tile(pairs, out, split, "tree", size)
-            _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
+    pictures = fashion_mnist.read(source) if source else fashion_mnist.fetched()
+    _compose(compose.fashion(*pictures), fashion_mnist.CLASSES, out, train, val, size, seed)
 
 
 def prepare_voc(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) -> None:
@@ -107,7 +78,7 @@ def prepare_voc(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) 
         val_share: share of the images for validation where ImageSets/Main does not say.
         seed: of that split.
     """
-    _require_folder(out)
+    make_folder(out)
     voc.convert(source, out, val_share, seed)
     for split in ("train", "val"):
         _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
@@ -116,7 +87,7 @@ def prepare_voc(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) 
 def _compose(
     items: dict[str, compose.Items], classes: Sequence[str], out: Path, train: int, val: int, size: int, seed: int
 ) -> None:
-    _require_folder(out)
+    make_folder(out)
     if seed < 0:
         raise coco.DataError(f"--seed {seed}: expected 0 or more")
     left, right = compose.photographs()
@@ -129,49 +100,8 @@ def _compose(
         _report(out / "annotations" / f"instances_{split}.json", out / split, decode=True)
 
 
-def _require_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise coco.DataError(f"--out {out} is a file, expected a folder")
-
-
 def _report(annotations: Path, images: Path, decode: bool) -> None:
     print(f"{annotations}: {coco.check(annotations, images, decode)}")
-
-
-def _debian_fashion(temporary: Path) -> Path:
-    installed = Path("/") / FASHION_FOLDER
-    if installed.is_dir():
-        return installed
-    otherwise = (
-        "elsewhere, fetch it with torchvision.datasets.FashionMNIST(DIR, download=True) "
-        "and pass --source DIR/FashionMNIST/raw"
-    )
-    _run(
-        ["apt-get", "download", FASHION_PACKAGE],
-        temporary,
-        f"on Debian, run `apt-get update` first; {otherwise}",
-    )
-    _run(["dpkg-deb", "-x", str(next(temporary.glob("*.deb"))), "."], temporary, otherwise)
-    return temporary / FASHION_FOLDER
-
-
-def _deepforest(temporary: Path) -> Path:
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", DEEPFOREST]
-    _run(download, temporary, "the photographs lie in that package; is a package index within reach?")
-    with zipfile.ZipFile(next(temporary.glob("*.whl"))) as wheel:
-        wheel.extractall(temporary)
-    Image.MAX_IMAGE_PIXELS = None  # the photographs are large, and known
-    return temporary / "deepforest" / "data"
-
-
-def _run(command: list[str], folder: Path, advice: str) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
-    except FileNotFoundError:
-        raise coco.DataError(f"{command[0]} is not there; {advice}") from None
-    except subprocess.CalledProcessError as error:
-        reason = (error.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise coco.DataError(f"`{' '.join(command)}` failed: {reason}\n  {advice}") from None
 
 
 @command_line
@@ -181,7 +111,6 @@ def main(arguments: list[str] | None = None) -> None:
         "coco": prepare_coco,
         "composed": composed,
         "fashion": fashion,
-        "trees": trees,
         "voc": prepare_voc,
     }
     tyro.extras.subcommand_cli_from_dict(names, args=arguments, description=__doc__)

@@ -1,4 +1,4 @@
-"""Compare methods and patterns over seeds: ``python -m nm_sparsity.detection.study {fashion,trees}``.
+"""Compare methods and patterns over seeds: ``python -m nm_sparsity.detection.study fashion``.
 
 Every run is trained, evaluated on the test split and kept in ``runs/study_NAME``; a stopped study goes on where it
 was. After each run ``detection/results/NAME.json`` and ``NAME.md`` are written anew. SR-STE's lambda is chosen on the
@@ -58,7 +58,6 @@ class Study:
 
 STUDIES = {
     "fashion": Study("tiny_mask_rcnn", lambda out: prepare.fashion(out, train=1600, val=200, size=128), 6),
-    "trees": Study("tiny_faster_rcnn", prepare.trees, 30),
 }
 
 
@@ -163,7 +162,7 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def run_study(
-    name: tyro.conf.Positional[Literal["fashion", "trees"]], seeds: tuple[int, ...] = (0, 1, 2), processes: int = 2
+    name: tyro.conf.Positional[Literal["fashion"]], seeds: tuple[int, ...] = (0, 1, 2), processes: int = 2
 ) -> None:
     """Run or continue a study.
 

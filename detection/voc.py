@@ -1,4 +1,4 @@
-"""PASCAL VOC XML to COCO's format: any VOC folder, and large photographs cut into tiles."""
+"""PASCAL VOC XML to COCO's format."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 from PIL import Image
 
 from nm_sparsity.detection import coco
-
-MIN_VISIBLE = 0.4
-"""A box belongs to a tile that holds at least this share of its area."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +23,8 @@ class Box:
     difficult: bool
 
 
-def read(path: Path, first_pixel: int = 1) -> tuple[str, list[Box]]:
-    """The image's file name and its boxes. VOC counts pixels from `first_pixel` 1 and includes the last.
+def read(path: Path) -> tuple[str, list[Box]]:
+    """The image's file name and its boxes. VOC counts pixels from 1 and includes the last.
 
     Raises:
         DataError: for XML that is broken or lacks a field, with the file's name.
@@ -38,7 +34,7 @@ def read(path: Path, first_pixel: int = 1) -> tuple[str, list[Box]]:
         boxes = []
         for entry in root.iter("object"):
             x1, y1, x2, y2 = (float(_text(entry, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-            edges = (x1 - first_pixel, y1 - first_pixel, x2 - first_pixel + 1, y2 - first_pixel + 1)
+            edges = (x1 - 1, y1 - 1, x2, y2)
             boxes.append(Box(_text(entry, "name"), edges, entry.findtext("difficult", "0").strip() == "1"))
         return _text(root, "filename"), boxes
     except (ElementTree.ParseError, ValueError) as error:
@@ -103,26 +99,3 @@ def _voc_split(source: Path, stems: Sequence[str], val_share: float, seed: int) 
     shuffled = np.random.default_rng(seed).permutation(stems).tolist()
     held_out = round(val_share * len(stems))
     return {"train": sorted(shuffled[held_out:]), "val": sorted(shuffled[:held_out])}
-
-
-def tile(photographs: Sequence[tuple[Path, Path]], out: Path, split: str, name: str, size: int) -> None:
-    """Cut (image, XML) pairs into whole, disjoint `size` x `size` tiles; every box becomes a `name`."""
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    (out / split).mkdir(parents=True, exist_ok=True)
-    for picture, xml in photographs:
-        photograph = Image.open(picture).convert("RGB")
-        boxes = read(xml, first_pixel=0)[1]
-        edges = np.array([box.edges for box in boxes]).reshape(-1, 4)
-        area = (edges[:, 2:] - edges[:, :2]).prod(1)
-        for top in range(0, photograph.height - size + 1, size):
-            for left in range(0, photograph.width - size + 1, size):
-                number = len(images) + 1
-                file_name = f"{number:04d}.png"
-                photograph.crop((left, top, left + size, top + size)).save(out / split / file_name)
-                images.append({"id": number, "file_name": file_name, "width": size, "height": size})
-                inside = np.clip(edges - [left, top, left, top], 0, size)
-                extent = inside[:, 2:] - inside[:, :2]
-                for index in np.flatnonzero(extent.prod(1) >= MIN_VISIBLE * area):
-                    annotations.append(coco.box(number, 1, *inside[index, :2].tolist(), *extent[index].tolist()))
-    coco.write(out / "annotations" / f"instances_{split}.json", images, annotations, [name])

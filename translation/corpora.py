@@ -9,8 +9,6 @@ import gettext
 import html
 import random
 import re
-import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from pydoc_data.topics import topics
 from num2words import num2words
 
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.experiments import fetch
 
 Pair = tuple[str, str]
 
@@ -45,12 +44,12 @@ def read_lines(path: Path) -> list[str]:
                 "convert the file first, e.g. with iconv -t UTF-8"
             ) from None
     if not any(line.strip() for line in lines):
-        raise SparsityError(f"{path} holds no text; expected one sentence a line")
+        raise SparsityError(f"{path} holds no text; expected one sentence per line")
     return lines
 
 
 def read_pairs(source: Path, target: Path) -> list[Pair]:
-    """The sentence pairs of two text files with one sentence a line.
+    """The sentence pairs of two text files with one sentence per line.
 
     Raises:
         SparsityError: if a file cannot be read or the line counts differ.
@@ -165,31 +164,11 @@ def libreoffice(cache: Path) -> list[Pair]:
     The packages (6 MB) are downloaded and unpacked under `cache`/debian with apt and dpkg, without root, once.
 
     Raises:
-        SparsityError: where there is no apt, or its package lists are missing.
+        SparsityError: where there is no apt, or its package lists are missing, with the way out.
     """
     root = cache / "debian"
-    if not all((root / package).is_dir() for package in LIBREOFFICE_PACKAGES):
-        _fetch_debian(LIBREOFFICE_PACKAGES, root)
+    fetch.debian(LIBREOFFICE_PACKAGES, root)
     return [pair for pairs in (_help_pages(root), _user_interface(root)) for pair in pairs]
-
-
-def _fetch_debian(packages: tuple[str, ...], root: Path) -> None:
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise SparsityError(
-            f"this corpus is made of the Debian packages {', '.join(packages)}, and there is no apt here; unpack them "
-            f"under {root}/PACKAGE elsewhere (dpkg-deb -x) and copy the folder, or use number-words or your own text"
-        )
-    root.mkdir(parents=True, exist_ok=True)
-    fetched = subprocess.run(["apt-get", "download", *packages], cwd=root, capture_output=True, text=True, check=False)
-    if fetched.returncode:
-        raise SparsityError(
-            f"apt-get download {' '.join(packages)} failed: {fetched.stderr.strip().splitlines()[-1]}\n"
-            "run `apt-get update` first (root), or use number-words or your own text"
-        )
-    for package in packages:
-        unpacked = root / f"{package}.partial"
-        subprocess.run(["dpkg-deb", "-x", next(root.glob(f"{package}_*.deb")), unpacked], check=True)
-        unpacked.rename(root / package)
 
 
 def _help_pages(root: Path) -> Iterator[Pair]:

@@ -28,6 +28,7 @@ from fairseq_cli import preprocess
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.translation import corpora
 
 Row = tuple[str, ...]
@@ -61,7 +62,7 @@ class Prepared:
 
     @classmethod
     def read(cls, folder: Path) -> Prepared:
-        """Of the folder `folder`.
+        """What was prepared in `folder`.
 
         Raises:
             SparsityError: if `prepare` did not write it.
@@ -72,18 +73,6 @@ class Prepared:
             raise SparsityError(
                 f"{folder} is not a prepared corpus; make one with python -m nm_sparsity.translation.prepare"
             ) from None
-
-
-def make_folder(folder: Path) -> None:
-    """Make `folder` and those above it, if they are not there.
-
-    Raises:
-        SparsityError: if it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SparsityError(f"cannot make the folder {folder}: {error.strerror}; choose another place") from None
 
 
 def normalize(text: str) -> str:
@@ -155,7 +144,7 @@ def separate(splits: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
 
 
 def check_separate(folder: Path, languages: list[str]) -> None:
-    """Hold that the prepared text in `folder` shares no test sentence with train.
+    """Check that the prepared text in `folder` shares no test sentence with train.
 
     Raises:
         SparsityError: with the first sentence found in both.
@@ -309,7 +298,7 @@ def prepare(
 
 
 def check_free(out: Path) -> None:
-    """Before any work is done.
+    """Check, before any work is done, that `out` can be made.
 
     Raises:
         SparsityError: if `out` exists, or the folder it is to lie in cannot be made.
@@ -375,7 +364,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m nm_sparsity.translation.prepare", description=__doc__)
     parser.add_argument("corpus", nargs="?", help=f"one of {', '.join(VOCABULARY)}; or give text files")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
-    parser.add_argument("--source", type=Path, help="sentences, one a line")
+    parser.add_argument("--source", type=Path, help="sentences, one per line")
     parser.add_argument("--target", type=Path, help="their translations, one a line")
     parser.add_argument("--source-lang", help="default: the suffix or name of the file, as in train.en or en.txt")
     parser.add_argument("--target-lang")

@@ -19,9 +19,10 @@ from fairseq_cli import train as fairseq_train
 
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import environment, write_json
 from nm_sparsity.core.table import format_table
-from nm_sparsity.translation.prepare import Prepared, make_folder
+from nm_sparsity.translation.prepare import Prepared
 from nm_sparsity.translation.recipes import CONFIG, RECIPES, Config, difference, get, recorded
 
 PROGRAM = "python -m nm_sparsity.translation.train"

@@ -145,24 +145,6 @@ def test_augmentation_shifts_and_flips_whole_images() -> None:
     assert len(seen) > 40
 
 
-def test_idx_files_round_trip_plain_and_gzipped(tmp_path: Path) -> None:
-    expected = np.random.default_rng(0).integers(0, 256, (3, 4, 5), dtype=np.uint8)
-    raw = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in expected.shape) + expected.tobytes()
-    (tmp_path / "plain").write_bytes(raw)
-    (tmp_path / "zipped.gz").write_bytes(gzip.compress(raw))
-    for name in ("plain", "zipped.gz"):
-        assert np.array_equal(data.read_idx(tmp_path / name).numpy(), expected)
-    for name, content in (
-        ("short", raw[:-1]),
-        ("empty", b""),
-        ("foreign", b"PNG" * 9),
-        ("short.gz", gzip.compress(raw)[:20]),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(SparsityError, match=rf"{name} cannot be read .*; fetch it again"):
-            data.read_idx(tmp_path / name)
-
-
 def test_fashion_mnist_is_found_wherever_a_command_put_it(tmp_path: Path) -> None:
     root = tmp_path / "usr/share/datasets/fashion-mnist"
     root.mkdir(parents=True)
@@ -181,9 +163,8 @@ def test_fashion_mnist_is_found_wherever_a_command_put_it(tmp_path: Path) -> Non
 def test_missing_data_sets_say_what_gets_them(tmp_path: Path) -> None:
     if Path("/usr/share/datasets/fashion-mnist").exists():
         pytest.skip("Fashion-MNIST is installed on this machine")
-    with pytest.raises(SparsityError, match="apt-get download dataset-fashion-mnist") as fashion:
+    with pytest.raises(SparsityError, match="one of these gets Fashion-MNIST"):
         data.load_splits(DataConfig("fashion-mnist", root=tmp_path))
-    assert "torchvision.datasets.FashionMNIST" in str(fashion.value)
     with pytest.raises(SparsityError, match="train is not there; imagefolder wants ROOT/train/CLASS") as imagenet:
         data.load_splits(DataConfig("imagefolder", root=tmp_path))
     assert "image-net.org" in str(imagenet.value)

@@ -39,7 +39,7 @@ def test_a_failed_run_shows_the_end_of_its_log(tmp_path: Path) -> None:
 
 
 def test_the_plan_is_every_method_at_every_pattern() -> None:
-    plan = study.plan(study.STUDIES["trees"], Path("d"), seeds=(0, 1), decay=0.1)
+    plan = study.plan(study.STUDIES["fashion"], Path("d"), seeds=(0, 1), decay=0.1)
     assert len({experiment.name for experiment in plan}) == len(plan) == 2 * 7
     assert [e.name for e in plan if e.start == "dense_1"] == ["asp_2to4_1", "asp_2to8_1"]
     assert study.CHOICE_SEED not in (0, 1)

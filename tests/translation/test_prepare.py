@@ -145,7 +145,7 @@ def test_what_is_there_stays_there(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(SparsityError, match="exists: remove it"):
         prepare([], corpus, corpus="x", languages=["en", "de"], vocabulary=100)
     (tmp_path / "file").touch()
-    with pytest.raises(SparsityError, match=r"cannot make the folder .*file: .*; choose another place"):
+    with pytest.raises(SparsityError, match=r"cannot write to the folder .*file: .*; choose another place"):
         prepare([], tmp_path / "file" / "out", corpus="x", languages=["en", "de"])
     with pytest.raises(SparsityError, match="not a prepared corpus"):
         Prepared.read(tmp_path)

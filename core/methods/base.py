@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from types import NoneType
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from torch import Tensor
 
@@ -74,8 +76,10 @@ def method_names() -> list[str]:
 def make_method(name: str | Method, **hyperparameters: Any) -> Method:
     """The method called `name` with the given hyperparameters; a `Method` object passes through.
 
+    A value given as text, as command lines and config files have it, is converted to the type of the method's field.
+
     Raises:
-        SparsityError: for an unknown name, an unknown hyperparameter, or a value out of range.
+        SparsityError: for an unknown name, an unknown hyperparameter, or a value of the wrong type or out of range.
     """
     if isinstance(name, Method):
         if hyperparameters:
@@ -84,9 +88,29 @@ def make_method(name: str | Method, **hyperparameters: Any) -> Method:
     if name not in _METHODS:
         raise SparsityError(f'unknown method "{name}"; known methods: {", ".join(method_names())}')
     known = [f.name for f in fields(_METHODS[name])]
-    for key in hyperparameters:
+    for key, value in hyperparameters.items():
         if key not in known:
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise SparsityError(f'method "{name}" has no hyperparameter "{key}"; {takes}')
+        if isinstance(value, str):
+            kind = get_type_hints(_METHODS[name])[key]
+            hyperparameters[key] = _parse(value, kind, f'hyperparameter "{key}" of method "{name}"')
     make: Callable[..., Method] = _METHODS[name]
     return make(**hyperparameters)
+
+
+def _parse(text: str, kind: Any, what: str) -> Any:
+    """The value of type `kind` that `text` stands for; of a union, the first type that fits."""
+    kinds = get_args(kind) or (kind,)
+    for option in kinds:
+        if option is str:
+            return text
+        if option is NoneType and text.lower() == "none":
+            return None
+        if option is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if option in (int, float):
+            with suppress(ValueError):
+                return option(text)
+    names = " or ".join("None" if option is NoneType else option.__name__ for option in kinds)
+    raise SparsityError(f'{what} must be {names}, found "{text}"')

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import Method, make_method
 from nm_sparsity.core.model.convert import sparsify
 from nm_sparsity.core.model.report import SparsityReport
@@ -19,7 +20,8 @@ class SparsityConfig:
     """The arguments of `sparsify` as data: for configs, command lines and run folders.
 
     Raises:
-        SparsityError: at once, for a malformed pattern, an unknown method or layout, or a decay that the method lacks.
+        SparsityError: at once, for a malformed pattern, an unknown method or layout, or a hyperparameter that the
+            method lacks.
     """
 
     pattern: str = "2:4"
@@ -28,6 +30,8 @@ class SparsityConfig:
     """dense, ste, sr-ste or asp."""
     decay: float | None = None
     """SR-STE's lambda; None is the method's default (2e-4). Its strength is lambda * sum(lr)."""
+    hyperparameters: Mapping[str, str | float] = field(default_factory=dict)
+    """The method's other hyperparameters by name, as values or as text."""
     layout: str = "channel"
     """channel (what sparse Tensor Cores need) or kernel (the paper's original)."""
     include: tuple[str, ...] = ()
@@ -45,7 +49,11 @@ class SparsityConfig:
 
     def make_method(self) -> Method:
         """The method with its hyperparameters."""
-        return make_method(self.method, **({} if self.decay is None else {"decay": self.decay}))
+        if self.decay is None:
+            return make_method(self.method, **self.hyperparameters)
+        if "decay" in self.hyperparameters:
+            raise SparsityError("decay is given twice: as such and among the hyperparameters")
+        return make_method(self.method, decay=self.decay, **self.hyperparameters)
 
     def sparsify(self, model: nn.Module) -> SparsityReport:
         """`sparsify` `model` as configured, in place."""
@@ -53,5 +61,5 @@ class SparsityConfig:
 
     def _arguments(self) -> dict[str, Any]:
         arguments = asdict(self)
-        del arguments["method"], arguments["decay"]
+        del arguments["method"], arguments["decay"], arguments["hyperparameters"]
         return arguments

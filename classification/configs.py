@@ -1,20 +1,17 @@
-"""What a training run is: one frozen dataclass tree, the recipes that return one, and the command line over them."""
+"""What a training run of an image classifier is: one frozen dataclass tree; and the recipes, which are such trees."""
 
 from __future__ import annotations
 
-import json
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from nm_sparsity.core import NMPattern, SparsityConfig, SparsityError
-from nm_sparsity.core.experiments.run import as_json
-from nm_sparsity.core.table import format_table
+from nm_sparsity.core import SparsityConfig, SparsityError
+from nm_sparsity.core.experiments.recipes import Recipes, RunConfig
 
 
 def _require(ok: bool, name: str, expected: str, found: object) -> None:
@@ -24,11 +21,11 @@ def _require(ok: bool, name: str, expected: str, found: object) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images."""
+    """The images that a run trains and is tested on."""
 
     name: Literal["digits", "fashion-mnist", "imagefolder"] = "digits"
     """digits: embedded, 8x8. fashion-mnist: 28x28. imagefolder: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg."""
-    root: Path = Path("data")
+    root: Annotated[Path, tyro.conf.arg(name="data", prefix_name=False)] = Path("data")
     """Where fashion-mnist or the image folders lie."""
     image_size: int = 224
     """Side of the crop from imagefolder's images; the small data sets keep their own size."""
@@ -74,21 +71,17 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class Config:
-    """One training run."""
+class Config(RunConfig):
+    """One training run of an image classifier."""
 
-    folder: Path = Path("runs/classification")
-    """The run's folder: config, metrics, checkpoints, summary."""
-    resume: bool = False
-    """Continue the run in this folder from its latest checkpoint."""
+    may_change = (*RunConfig.may_change, "device", "log_every", "checkpoint_every")
+    renamed: ClassVar[Mapping[str, str]] = {**RunConfig.renamed, "--folder": "--out", "--data.root": "--data"}
+
     model: str = "resnet8_small"
     """Any classifier of torchvision.models, or resnet8_small, resnet20_small, resnet18_small for small images."""
     pretrained: str | None = None
     """Start from trained weights: a torchvision name (DEFAULT, IMAGENET1K_V1, ...) or a state_dict file."""
-    init_from: Path | None = None
-    """Start from another run of ours (its folder or a checkpoint): ASP's trained dense model."""
     data: DataConfig = field(default_factory=DataConfig)
-    sparsity: SparsityConfig = field(default_factory=lambda: SparsityConfig(exclude=("fc",)))
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 30
     """Passes over the training images."""
@@ -106,8 +99,6 @@ class Config:
     """NHWC memory format."""
     device: str = "auto"
     """cpu, cuda, or auto: CUDA where there is one."""
-    seed: int = 0
-    """Seeds the initial weights, the order of images and their augmentation."""
     log_every: int = 50
     """Steps between two log lines, each with the SAD across that step."""
     checkpoint_every: int = 0
@@ -126,299 +117,106 @@ class Config:
             f"at most epochs = {self.epochs}",
             self.optimizer.warmup_epochs,
         )
-        _require(
-            not (self.pretrained and self.init_from),
-            "pretrained and init_from",
-            "given one at a time",
-            "both",
-        )
-        if self.sparsity.method != "dense":
-            NMPattern.parse(self.sparsity.pattern)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The tree as JSON types; `from_dict` reads it back."""
-        tree: dict[str, Any] = as_json(self)
-        return tree
-
-    @classmethod
-    def from_dict(cls, tree: Mapping[str, Any]) -> Config:
-        """The config that `to_dict` wrote.
-
-        Raises:
-            SparsityError: for a field that does not exist or a value out of range.
-        """
-        config: Config = _from_dict(cls, tree)
-        return config
+        _require(not (self.pretrained and self.init_from), "pretrained and init_from", "given one at a time", "both")
 
 
-def _from_dict(cls: type[Any], tree: Mapping[str, Any]) -> Any:
-    hints = get_type_hints(cls)
-    unknown = sorted(set(tree) - set(hints))
-    if unknown:
-        raise SparsityError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
-
-    def value(name: str, found: Any) -> Any:
-        if is_dataclass(hints[name]):
-            return _from_dict(hints[name], found)
-        if isinstance(found, list):
-            return tuple(found)
-        return Path(found) if found is not None and "Path" in str(hints[name]) else found
-
-    return cls(**{name: value(name, found) for name, found in tree.items()})
-
-
-RECIPES: dict[str, Callable[[], Config]] = {}
+RECIPES = Recipes[Config]()
 """Every recipe by name."""
 
-
-def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
-    """Decorator: a function without arguments becomes a recipe whose run folder is runs/<its name>."""
-    name = function.__name__
-
-    def named() -> Config:
-        return replace(function(), folder=Path("runs") / name)
-
-    named.__doc__ = function.__doc__
-    RECIPES[name] = named
-    return named
+get = RECIPES.get
 
 
 # ImageNet: the recipe of Zhou et al., ICLR 2021 (arXiv 2102.04010). The classifier stays dense, as in their code.
 
+IMAGENET: tuple[tuple[str, str, str, float | None], ...] = (
+    ("resnet50", "", "dense", 77.3),
+    ("resnet50", "2:4", "sr-ste", 77.0),
+    ("resnet50", "4:8", "sr-ste", 77.4),
+    ("resnet50", "1:4", "sr-ste", 75.9),
+    ("resnet50", "2:8", "sr-ste", 76.4),
+    ("resnet50", "1:16", "sr-ste", 71.5),
+    ("resnet50", "2:4", "ste", 76.4),
+    ("resnet50", "2:4", "asp", 76.8),
+    ("resnet18", "", "dense", 71.3),
+    ("resnet18", "2:4", "sr-ste", 71.2),
+    ("resnet18", "4:8", "sr-ste", None),
+    ("resnet18", "1:4", "sr-ste", None),
+    ("resnet18", "2:8", "sr-ste", None),
+    ("resnet18", "1:16", "sr-ste", None),
+    ("resnet18", "2:4", "ste", 69.9),
+    ("resnet18", "2:4", "asp", 70.7),
+)
+"""Model, pattern, method, and the top-1 in percent that the paper publishes, where it does."""
 
-def imagenet(model: str, pattern: str | None, method: str = "sr-ste") -> Config:
-    """`model` on ImageNet's folders, 120 epochs; a `pattern` of None trains it dense."""
+
+def _name(start: str, pattern: str, method: str) -> str:
+    """What a recipe is called: resnet50_dense, resnet50_2to4 (SR-STE), resnet50_2to4_asp, ..."""
+    if method == "dense":
+        return f"{start}_dense"
+    return f"{start}_{pattern.replace(':', 'to')}" + ("" if method == "sr-ste" else f"_{method}")
+
+
+def _sparsity(pattern: str, method: str, decay: float) -> SparsityConfig:
+    if method == "dense":
+        return SparsityConfig(method="dense", exclude=("fc",))
+    return SparsityConfig(pattern=pattern, method=method, decay=decay if method == "sr-ste" else None, exclude=("fc",))
+
+
+def imagenet(model: str, pattern: str, method: str) -> Config:
+    """`model` on ImageNet's folders for 120 epochs; ASP for 80 more, after a dense run."""
     return Config(
         model=model,
         data=DataConfig(name="imagefolder", root=Path("data/imagenet"), workers=8),
         sparsity=_sparsity(pattern, method, decay=2e-4),
         optimizer=OptimizerConfig(lr=0.1, momentum=0.9, weight_decay=5e-5, warmup_epochs=5),
-        epochs=120,
+        epochs=80 if method == "asp" else 120,
         batch_size=256,
         channels_last=True,
     )
 
 
-def _sparsity(pattern: str | None, method: str, decay: float) -> SparsityConfig:
-    if pattern is None:
-        return SparsityConfig(method="dense", exclude=("fc",))
-    return SparsityConfig(pattern=pattern, method=method, decay=decay if method == "sr-ste" else None, exclude=("fc",))
-
-
-@recipe
-def resnet50_dense() -> Config:
-    """ResNet-50 on ImageNet, dense (published 77.3)."""
-    return imagenet("resnet50", None)
-
-
-@recipe
-def resnet50_2by4() -> Config:
-    """ResNet-50 on ImageNet, 2:4 SR-STE (published 77.0)."""
-    return imagenet("resnet50", "2:4")
-
-
-@recipe
-def resnet50_4by8() -> Config:
-    """ResNet-50 on ImageNet, 4:8 SR-STE (published 77.4)."""
-    return imagenet("resnet50", "4:8")
-
-
-@recipe
-def resnet50_1by4() -> Config:
-    """ResNet-50 on ImageNet, 1:4 SR-STE (published 75.9)."""
-    return imagenet("resnet50", "1:4")
-
-
-@recipe
-def resnet50_2by8() -> Config:
-    """ResNet-50 on ImageNet, 2:8 SR-STE (published 76.4)."""
-    return imagenet("resnet50", "2:8")
-
-
-@recipe
-def resnet50_1by16() -> Config:
-    """ResNet-50 on ImageNet, 1:16 SR-STE (published 71.5)."""
-    return imagenet("resnet50", "1:16")
-
-
-@recipe
-def resnet50_2by4_ste() -> Config:
-    """ResNet-50 on ImageNet, 2:4 STE (published 76.4)."""
-    return imagenet("resnet50", "2:4", method="ste")
-
-
-@recipe
-def resnet50_2by4_asp() -> Config:
-    """ResNet-50 on ImageNet, 2:4 ASP: 80 epochs after resnet50_dense's 120 (published 76.8 with 200)."""
-    return replace(imagenet("resnet50", "2:4", method="asp"), epochs=80)
-
-
-@recipe
-def resnet50_2by4_finetune() -> Config:
-    """ResNet-50 on ImageNet, 2:4 SR-STE from torchvision's trained weights, 30 epochs."""
-    config = imagenet("resnet50", "2:4")
-    return replace(
-        config, pretrained="IMAGENET1K_V1", epochs=30, optimizer=replace(config.optimizer, lr=0.01, warmup_epochs=1)
-    )
-
-
-@recipe
-def resnet18_dense() -> Config:
-    """ResNet-18 on ImageNet, dense (published 71.3)."""
-    return imagenet("resnet18", None)
-
-
-@recipe
-def resnet18_2by4() -> Config:
-    """ResNet-18 on ImageNet, 2:4 SR-STE (published 71.2)."""
-    return imagenet("resnet18", "2:4")
-
-
-@recipe
-def resnet18_4by8() -> Config:
-    """ResNet-18 on ImageNet, 4:8 SR-STE."""
-    return imagenet("resnet18", "4:8")
-
-
-@recipe
-def resnet18_1by4() -> Config:
-    """ResNet-18 on ImageNet, 1:4 SR-STE."""
-    return imagenet("resnet18", "1:4")
-
-
-@recipe
-def resnet18_2by8() -> Config:
-    """ResNet-18 on ImageNet, 2:8 SR-STE."""
-    return imagenet("resnet18", "2:8")
-
-
-@recipe
-def resnet18_1by16() -> Config:
-    """ResNet-18 on ImageNet, 1:16 SR-STE."""
-    return imagenet("resnet18", "1:16")
-
-
-@recipe
-def resnet18_2by4_ste() -> Config:
-    """ResNet-18 on ImageNet, 2:4 STE (published 69.9)."""
-    return imagenet("resnet18", "2:4", method="ste")
-
-
-@recipe
-def resnet18_2by4_asp() -> Config:
-    """ResNet-18 on ImageNet, 2:4 ASP: 80 epochs after resnet18_dense's 120 (published 70.7 with 200)."""
-    return replace(imagenet("resnet18", "2:4", method="asp"), epochs=80)
-
-
-@recipe
-def resnet18_2by4_finetune() -> Config:
-    """ResNet-18 on ImageNet, 2:4 SR-STE from torchvision's trained weights, 30 epochs."""
-    return replace(resnet50_2by4_finetune(), model="resnet18")
-
-
-# Small images. Runs this short need a larger lambda: here its strength lambda * sum(lr), about 6 on ImageNet, is 1.6
-# on the digits and 8 on Fashion-MNIST.
-
-
-def small(data: DataConfig, pattern: str | None, method: str = "sr-ste") -> Config:
-    """ResNet-8 on a small data set; a `pattern` of None trains it dense."""
+def small(data: DataConfig, pattern: str, method: str, decay: float) -> Config:
+    """ResNet-8 on a data set of small images."""
     return Config(
         model="resnet8_small",
         data=data,
-        sparsity=_sparsity(pattern, method, decay=0.1 if data.name == "digits" else 0.01),
+        sparsity=_sparsity(pattern, method, decay),
         optimizer=OptimizerConfig(lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, warmup_epochs=1),
         epochs=20,
         batch_size=64,
     )
 
 
-DIGITS = DataConfig(name="digits")
-FASHION_MNIST = DataConfig(name="fashion-mnist", root=Path("data/fashion-mnist"))
+for _model, _pattern, _method, _published in IMAGENET:
+    _about = " ".join(filter(None, (_model, "on ImageNet,", _pattern, _method)))
+    if _method == "asp":
+        _about += f": 80 epochs after {_model}_dense's 120"
+    if _published:
+        _about += f" (published {_published}{' with 200' if _method == 'asp' else ''})"
+    RECIPES.add(_name(_model, _pattern, _method), _about, imagenet(_model, _pattern, _method))
 
+for _model in ("resnet50", "resnet18"):
+    _base = get(f"{_model}_2to4")
+    RECIPES.add(
+        f"{_model}_2to4_finetune",
+        f"{_model} on ImageNet, 2:4 sr-ste from torchvision's trained weights, 30 epochs",
+        replace(
+            _base,
+            pretrained="IMAGENET1K_V1",
+            epochs=30,
+            optimizer=replace(_base.optimizer, lr=0.01, warmup_epochs=1),
+        ),
+    )
 
-@recipe
-def digits_dense() -> Config:
-    """ResNet-8 on the embedded digits, dense."""
-    return small(DIGITS, None)
-
-
-@recipe
-def digits_2by4() -> Config:
-    """ResNet-8 on the embedded digits, 2:4 SR-STE."""
-    return small(DIGITS, "2:4")
-
-
-@recipe
-def digits_1by8() -> Config:
-    """ResNet-8 on the embedded digits, 1:8 SR-STE."""
-    return small(DIGITS, "1:8")
-
-
-@recipe
-def digits_2by4_asp() -> Config:
-    """ResNet-8 on the embedded digits, 2:4 ASP after digits_dense."""
-    return small(DIGITS, "2:4", method="asp")
-
-
-@recipe
-def fashion_mnist_dense() -> Config:
-    """ResNet-8 on Fashion-MNIST, dense."""
-    return small(FASHION_MNIST, None)
-
-
-@recipe
-def fashion_mnist_2by4() -> Config:
-    """ResNet-8 on Fashion-MNIST, 2:4 SR-STE."""
-    return small(FASHION_MNIST, "2:4")
-
-
-@recipe
-def fashion_mnist_1by8() -> Config:
-    """ResNet-8 on Fashion-MNIST, 1:8 SR-STE."""
-    return small(FASHION_MNIST, "1:8")
-
-
-def get(name: str) -> Config:
-    """The config of the recipe `name`.
-
-    Raises:
-        SparsityError: for an unknown name, with the known ones.
-    """
-    if name not in RECIPES:
-        raise SparsityError(f'unknown config "{name}"; known configs: {", ".join(RECIPES)}')
-    return RECIPES[name]()
-
-
-def from_command_line(arguments: Sequence[str], prog: str) -> Config:
-    """``CONFIG [--field value ...]`` -> the recipe with its overrides; ``CONFIG --help`` lists the fields.
-
-    Without arguments or with ``--help`` alone it prints the recipes, with ``--print-config`` the resulting config,
-    and exits.
-
-    Raises:
-        SparsityError: for an unknown recipe.
-    """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: {prog} CONFIG [--print-config] [--field value ...]    ({prog} CONFIG --help lists the fields)\n")
-        print(format_table(("config", "what it trains"), [(name, make.__doc__) for name, make in RECIPES.items()]))
-        sys.exit(0 if arguments else 2)
-    overrides = [argument for argument in arguments[1:] if argument != "--print-config"]
-    base = get(arguments[0])
-    if any(override.startswith("--sparsity.method") for override in overrides):
-        # A recipe's lambda belongs to its method; another one starts from its own default.
-        base = replace(base, sparsity=replace(base.sparsity, decay=None))
-    config = tyro.cli(Config, default=base, args=overrides, prog=f"{prog} {arguments[0]}")
-    if len(overrides) < len(arguments) - 1:
-        print(json.dumps(config.to_dict(), indent=2))
-        sys.exit(0)
-    return config
-
-
-def difference(one: Config, other: Config) -> list[str]:
-    """The fields in which two configs differ, as ``name: one -> other``; where and how they run is left out."""
-    ignored = {"folder", "resume", "device", "log_every", "checkpoint_every"}
-    return [
-        f"{f.name}: {getattr(one, f.name)} -> {getattr(other, f.name)}"
-        for f in fields(Config)
-        if f.name not in ignored and getattr(one, f.name) != getattr(other, f.name)
-    ]
+# Small images. Runs this short need a larger lambda: here its strength lambda * sum(lr), about 6 on ImageNet, is 1.6
+# on the digits and 8 on Fashion-MNIST.
+for _data, _decay in (
+    (DataConfig(name="digits"), 0.1),
+    (DataConfig(name="fashion-mnist", root=Path("data/fashion-mnist")), 0.01),
+):
+    for _pattern, _method in (("", "dense"), ("2:4", "sr-ste"), ("1:8", "sr-ste"), ("2:4", "asp")):
+        RECIPES.add(
+            _name(_data.name.replace("-", "_"), _pattern, _method),
+            " ".join(filter(None, ("ResNet-8 on", f"{_data.name},", _pattern, _method))),
+            small(_data, _pattern, _method, _decay),
+        )

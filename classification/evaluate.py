@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from nm_sparsity.classification.configs import Config
 from nm_sparsity.classification.data import eval_batches, load_splits
 from nm_sparsity.classification.models import build
 from nm_sparsity.core import CheckpointError, SparsityError, frozen, verify
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, present_names
 from nm_sparsity.core.experiments.finalize import FINALIZED
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
@@ -88,7 +88,7 @@ class Arguments:
     """A run folder, one of our checkpoints, or any state_dict file (with --config)."""
     config: str | None = None
     """The recipe a foreign state_dict belongs to: its model, data, pattern. Its weights are masked to that pattern."""
-    root: Annotated[Path | None, tyro.conf.arg(name="data.root")] = None
+    data: Path | None = None
     """Where the images lie, if not where the config says."""
     split: Literal["test", "val"] = "test"
     """The images to report on, or those held out to choose on."""
@@ -127,18 +127,19 @@ def _config(arguments: Arguments, payload: Any, path: Path) -> Config:
         config = Config.from_dict(payload["config"])
     else:
         raise SparsityError(
-            f"{path} does not say what it is a checkpoint of; name its recipe, e.g. --config resnet50_2by4"
+            f"{path} does not say what it is a checkpoint of; name its recipe, e.g. --config resnet50_2to4"
         )
-    if arguments.root is not None:
-        config = replace(config, data=replace(config.data, root=arguments.root))
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, root=arguments.data))
     batch_size = config.batch_size if arguments.batch_size is None else arguments.batch_size
     return replace(config, device=arguments.device, batch_size=batch_size, accumulation=1)
 
 
 @command_line
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parsed = tyro.cli(Arguments, args=arguments, prog="python -m nm_sparsity.classification.evaluate")
+    """Measure the checkpoint that `arguments`, by default the command line's, name; print the accuracy as JSON."""
+    given = present_names(sys.argv[1:] if arguments is None else arguments, {"--data.root": "--data"})
+    parsed = tyro.cli(Arguments, args=given, prog="python -m nm_sparsity.classification.evaluate")
     with distributed.processes(parsed.device) as device:
         accuracy = evaluate_checkpoint(parsed, device)
         if distributed.rank() == 0:

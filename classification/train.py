@@ -19,13 +19,14 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from nm_sparsity.classification import distributed
-from nm_sparsity.classification.configs import Config, OptimizerConfig, difference, from_command_line
+from nm_sparsity.classification.configs import RECIPES, Config, OptimizerConfig
 from nm_sparsity.classification.data import eval_batches, load_splits, part_size, steps_per_epoch, train_batches
 from nm_sparsity.classification.evaluate import BEST, LATEST, Accuracy, autocast, evaluate, find_checkpoint
 from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.finalize import FINALIZED, finalize_and_check
+from nm_sparsity.core.experiments.recipes import difference
 from nm_sparsity.core.experiments.run import Run, read_metrics, write_json
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
@@ -40,7 +41,7 @@ def train(config: Config, progress: bool = True) -> dict[str, Any]:
     """Train as `config` says, evaluate, finalize, verify; returns what summary.json in the run folder holds.
 
     Raises:
-        SparsityError: for anything the user can mend; checkpoints written so far stay.
+        SparsityError: for anything the user can fix; checkpoints written so far stay.
     """
     with distributed.processes(config.device) as device:
         return Trainer(config, device, progress).fit()
@@ -275,7 +276,7 @@ class Trainer:
             restore(model, find_parts(load(path), path)[0])
         elif config.sparsity.method == "asp" and not config.resume:
             raise SparsityError(
-                "asp needs a trained dense model: train one (e.g. the same recipe with --sparsity.method dense) and "
+                "asp needs a trained dense model: train one (e.g. the same recipe with --method dense) and "
                 "give it with --init-from RUN, or use --pretrained"
             )
         return model
@@ -286,7 +287,7 @@ class Trainer:
             raise CheckpointError(f"cannot resume: there is no {latest}; leave --resume out to start")
         if not self.config.resume and latest.is_file():
             raise SparsityError(
-                f"{self.config.folder} holds a run already: continue it with --resume, or choose another --folder"
+                f"{self.config.folder} holds a run already: continue it with --resume, or choose another --out"
             )
 
     def _save(self, *names: str) -> None:
@@ -320,11 +321,9 @@ class Trainer:
         payload = load(path)
         if not isinstance(payload, dict) or "training" not in payload:
             raise CheckpointError(f"{path} is not a checkpoint to resume from")
-        changed = difference(Config.from_dict(payload["config"]), self.config)
+        changed = difference(payload["config"], self.config)
         if changed:
-            raise SparsityError(
-                f"{path} is of a run with another config ({'; '.join(changed)}); choose another --folder"
-            )
+            raise SparsityError(f"{path} is of a run with another config ({'; '.join(changed)}); choose another --out")
         training = payload["training"]
         restore(self.evaluated, payload["state_dict"], payload[METADATA])
         if self.ema is not None:
@@ -360,10 +359,9 @@ def _forget_after(run: Path, step: int) -> None:
 
 @command_line
 def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
+    """Train a recipe with its overrides: `arguments`, by default the command line's."""
     given = sys.argv[1:] if arguments is None else arguments
-    config = from_command_line(given, "python -m nm_sparsity.classification.train")
-    train(config)
+    train(RECIPES.from_command_line(given, "python -m nm_sparsity.classification.train")[0])
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What every command of ours does alike: mistakes end in one line and an exit status, never in a traceback."""
+"""What every command of ours does alike: one line and an exit status for a mistake, and options that were renamed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 
 from nm_sparsity.core.errors import SparsityError
@@ -27,3 +27,27 @@ def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def say_renamed(old: str, new: str) -> None:
+    """Say on stderr that the name `old` still works, and which one replaces it."""
+    print(f"{old} is called {new} now; the old name goes with the next version", file=sys.stderr)
+
+
+def present_names(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """`arguments` with the option names of the version before replaced by the present ones, saying so.
+
+    Args:
+        renamed: old option -> new one. One that ends in a dot is the beginning of many: with ``{"--sparsity.": "--"}``,
+            ``--sparsity.pattern=1:4`` becomes ``--pattern=1:4``.
+    """
+    result = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        for old, new in renamed.items():
+            if option == old or (old.endswith(".") and option.startswith(old)):
+                say_renamed(option, new + option.removeprefix(old))
+                option = new + option.removeprefix(old)
+                break
+        result.append(option + equals + value)
+    return result

@@ -28,7 +28,7 @@ def _one_thread() -> Any:
 def tiny(tmp_path: Path) -> Callable[..., Config]:
     """A digits run of 1 epoch in 10 steps; fields of the tree are given as ``optimizer__lr=...``."""
 
-    def make(recipe: str = "digits_2by4", **changes: Any) -> Config:
+    def make(recipe: str = "digits_2to4", **changes: Any) -> Config:
         config = configs.get(recipe)
         config = replace(config, optimizer=replace(config.optimizer, warmup_epochs=0))
         config = replace(config, epochs=1, batch_size=107, log_every=1, folder=tmp_path / "run", device="cpu")

@@ -50,8 +50,8 @@ def test_every_kind_of_checkpoint_gives_the_same_accuracy(
         [str(config.folder)],
         [str(config.folder / "latest.pt")],
         [str(config.folder / "finalized.pt"), "--batch-size", "7"],
-        [str(tmp_path / "foreign.pt"), "--config", "digits_2by4"],
-        [str(tmp_path / "shadow.pt"), "--config", "digits_2by4"],
+        [str(tmp_path / "foreign.pt"), "--config", "digits_2to4"],
+        [str(tmp_path / "shadow.pt"), "--config", "digits_2to4"],
     ):
         found = measured(capsys, *arguments)
         assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
@@ -80,11 +80,11 @@ def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny) -> None:
 def test_bad_checkpoints_are_named(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build("resnet8_small", 10).state_dict(), tmp_path / "foreign.pt")
     foreign = str(tmp_path / "foreign.pt")
-    assert "name its recipe, e.g. --config resnet50_2by4" in failed(capsys, foreign)
-    assert "known configs" in failed(capsys, foreign, "--config", "digits_3by4")
+    assert "name its recipe, e.g. --config resnet50_2to4" in failed(capsys, foreign)
+    assert "known recipes" in failed(capsys, foreign, "--config", "digits_3to4")
     torch.save(build("resnet20_small", 10).state_dict(), tmp_path / "other.pt")
-    assert "layer1.1.conv1.weight" in failed(capsys, str(tmp_path / "other.pt"), "--config", "digits_2by4")
-    no_images = ["--config", "resnet50_2by4", "--data.root", str(tmp_path)]
+    assert "layer1.1.conv1.weight" in failed(capsys, str(tmp_path / "other.pt"), "--config", "digits_2to4")
+    no_images = ["--config", "resnet50_2to4", "--data", str(tmp_path)]
     assert f"{tmp_path}/train is not there" in failed(capsys, foreign, *no_images)
     assert "there is no checkpoint" in failed(capsys, str(tmp_path / "nowhere.pt"))
     (tmp_path / "text.pt").write_text("hello")

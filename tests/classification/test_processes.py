@@ -19,7 +19,7 @@ from nm_sparsity.core.files.io import load
 
 Tiny = Callable[..., Config]
 TRAIN = "nm_sparsity.classification.train"
-DIGITS = ["digits_2by4", "--device=cpu", "--batch-size=104", "--epochs=1", "--log-every=1", "--sparsity.decay=1"]
+DIGITS = ["digits_2to4", "--device=cpu", "--batch-size=104", "--epochs=1", "--log-every=1", "--decay=1"]
 
 
 def torchrun(environment: dict[str, str], module: str, *arguments: str) -> str:
@@ -33,7 +33,7 @@ def test_two_processes_train_and_evaluate_like_one(
     tiny: Tiny, tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
-    torchrun(environment, TRAIN, *DIGITS, f"--folder={two}", "--ema=0.5")
+    torchrun(environment, TRAIN, *DIGITS, f"--out={two}", "--ema=0.5")
     alone = tiny(batch_size=104, accumulation=2, optimizer__warmup_epochs=1.0, ema=0.5, folder=one)
     train(alone)
     # Two parts of a batch on one process see what two processes see, batch norm's statistics included.
@@ -87,7 +87,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path: Path, environmen
     whole, run = tmp_path / "whole", tmp_path / "run"
     arguments = [*DIGITS, "--checkpoint-every=2"]
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, *arguments, f"--folder={run}"],
+        [sys.executable, "-c", KILLED, *arguments, f"--out={run}"],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -101,8 +101,8 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path: Path, environmen
     assert load(run / "latest.pt")["training"]["position"]["step"] == 4
 
     command = [sys.executable, "-m", TRAIN, *arguments]
-    subprocess.run([*command, f"--folder={run}", "--resume"], env=environment, check=True, capture_output=True)
-    subprocess.run([*command, f"--folder={whole}"], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, f"--out={run}", "--resume"], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, f"--out={whole}"], env=environment, check=True, capture_output=True)
     found, expected = (load(folder / "finalized.pt")["state_dict"] for folder in (run, whole))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -128,7 +128,7 @@ sys.exit(train.main(sys.argv[1:]))
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, environment: dict[str, str]) -> None:
     """The system refuses to write more than 100 kB into a file, from the third checkpoint on."""
     run = tmp_path / "run"
-    arguments = [*DIGITS, "--checkpoint-every=2", f"--folder={run}"]
+    arguments = [*DIGITS, "--checkpoint-every=2", f"--out={run}"]
     done = subprocess.run(
         [sys.executable, "-c", FULL, *arguments], env=environment, capture_output=True, text=True, timeout=200
     )
@@ -144,12 +144,12 @@ def test_a_users_mistake_shows_no_traceback(tmp_path: Path, environment: dict[st
         sys.executable,
         "-m",
         TRAIN,
-        "fashion_mnist_2by4",
-        f"--data.root={tmp_path}",
-        f"--folder={tmp_path / 'run'}",
+        "fashion_mnist_2to4",
+        f"--data={tmp_path}",
+        f"--out={tmp_path / 'run'}",
     ]
     if Path("/usr/share/datasets/fashion-mnist").exists():
-        command = [sys.executable, "-m", TRAIN, "digits_2by5"]
+        command = [sys.executable, "-m", TRAIN, "digits_2to5"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")

@@ -91,6 +91,6 @@ def test_out_of_range_studies_and_missing_data_are_one_message(
     with pytest.raises(SparsityError, match="choosing_seeds 4 must not be more than seeds 3"):
         Study(choosing_seeds=4)
     assert study.main(["digits", f"--folder={tmp_path}"]) == 1
-    assert "known configs" in capsys.readouterr().err
+    assert "known recipes" in capsys.readouterr().err
     assert study.main(["resnet18_dense", f"--folder={tmp_path}"]) == 1
     assert "data/imagenet/train is not there" in capsys.readouterr().err

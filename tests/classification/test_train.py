@@ -48,7 +48,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def test_a_run_ends_with_a_finalized_verified_model_of_the_same_accuracy(tiny: Tiny) -> None:
-    config = tiny("digits_1by8", sparsity__decay=1.0, epochs=2)
+    config = tiny("digits_1to8", sparsity__decay=1.0, epochs=2)
     summary = train(config)
     assert summary["steps"] == 20
     assert summary["finalized/top1"] == summary["test/top1"] > 30
@@ -70,7 +70,7 @@ def test_a_run_ends_with_a_finalized_verified_model_of_the_same_accuracy(tiny: T
 
 
 def test_the_imagenet_recipe_trains_on_image_folders(tiny: Tiny, folders: Path) -> None:
-    config = tiny("resnet18_2by4", data__root=folders, data__image_size=32, data__workers=0, batch_size=6)
+    config = tiny("resnet18_2to4", data__root=folders, data__image_size=32, data__workers=0, batch_size=6)
     summary = train(config)
     assert (summary["steps"], summary["test/images"], summary["verified_weights"]) == (2, 6, 19)
     assert summary["finalized/top1"] == summary["test/top1"]
@@ -234,7 +234,7 @@ def test_the_moving_average_is_what_is_evaluated_and_finalized(tiny: Tiny, monke
 def test_asp_keeps_the_largest_of_the_dense_run_and_never_moves_its_mask(tiny: Tiny, tmp_path: Path) -> None:
     dense = tiny("digits_dense", folder=tmp_path / "dense")
     train(dense)
-    config = tiny("digits_2by4_asp", init_from=dense.folder, ema=0.9)
+    config = tiny("digits_2to4_asp", init_from=dense.folder, ema=0.9)
     summary = train(config)
     assert summary["flip_rate"] == 0
     start = load(dense.folder / "finalized.pt")["state_dict"]["layer3.0.conv2.weight"]
@@ -247,12 +247,12 @@ def test_asp_keeps_the_largest_of_the_dense_run_and_never_moves_its_mask(tiny: T
 
 def test_asp_needs_a_trained_dense_model(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(SparsityError, match=r"asp needs a trained dense model: train one .* --init-from RUN"):
-        train(tiny("digits_2by4_asp"))
+        train(tiny("digits_2to4_asp"))
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
-        train(tiny("digits_2by4_asp", init_from=tmp_path / "nowhere"))
+        train(tiny("digits_2to4_asp", init_from=tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="is it a run folder"):
-        train(tiny("digits_2by4_asp", init_from=tmp_path / "empty"))
+        train(tiny("digits_2to4_asp", init_from=tmp_path / "empty"))
 
 
 def test_fine_tuning_starts_from_a_file(tiny: Tiny, tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ def test_folders_are_never_overwritten_and_only_the_same_run_resumes(tiny: Tiny)
     train(tiny())
     before = (tiny().folder / "latest.pt").read_bytes()
     with pytest.raises(
-        SparsityError, match=r"holds a run already: continue it with --resume, or choose another --folder"
+        SparsityError, match=r"holds a run already: continue it with --resume, or choose another --out"
     ):
         train(tiny())
     with pytest.raises(SparsityError, match=r"of a run with another config .seed: 0 -> 1"):
@@ -326,4 +326,4 @@ def test_checkpoints_hold_the_masked_weights_under_dense_names(tiny: Tiny) -> No
     pattern = NMPattern.parse("2:4")
     weight = state["layer2.0.conv1.weight"]
     assert int((weight.unflatten(1, (-1, pattern.m)) != 0).sum(2).max()) <= pattern.n
-    assert len(metadata["layers"]) == 8
+    assert len(metadata.layers) == 8

@@ -1,0 +1,190 @@
+"""What holds for every registered method, those added later included; and how hyperparameters reach a method."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nm_sparsity.core import (
+    Method,
+    SparsityConfig,
+    SparsityError,
+    finalize,
+    load_sparsity_state,
+    make_method,
+    sparsify,
+    sparsity_state,
+    verify,
+)
+from nm_sparsity.core.experiments.recipes import from_tree
+from nm_sparsity.core.experiments.run import as_json
+from nm_sparsity.core.files.checkpoint import restore, split
+from nm_sparsity.core.methods import base, method_names
+
+every_method = pytest.mark.parametrize("name", method_names())
+
+BATCHES = torch.randn(6, 8, 16, generator=torch.Generator().manual_seed(1))
+
+
+@dataclass(frozen=True)
+class Ramped(Method):
+    """A method of a user's own, with a hyperparameter of every type."""
+
+    name = "ramped"
+    decay: float = 2e-4
+    ramp: int = 1000
+    start: float | None = None
+    nested: bool = False
+    shape: str = "linear"
+
+
+@pytest.fixture
+def ramped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(base._METHODS, "ramped", Ramped)
+
+
+@pytest.fixture(autouse=True)
+def _weak_decays_are_fine() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"lambda \* sum\(lr\) is")
+        yield
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(16, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))
+    sparsify(model, "2:4", method=name)
+    return model
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: range,
+    parts: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
+) -> None:
+    """One optimizer step a batch, on the mean over `parts` equal parts of it."""
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    for step in steps:
+        optimizer.zero_grad()
+        for part in BATCHES[step].unsqueeze(2).chunk(parts):
+            scaler.scale((model(part) - 1).square().mean() / parts).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def shadow(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same shadow weights, and compute the same, bit for bit."""
+    a, b = shadow(one), shadow(other)
+    images = BATCHES[0].unsqueeze(2)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and torch.equal(one(images), other(images))
+
+
+@every_method
+def test_a_config_is_the_method_through_json_and_through_text(name: str) -> None:
+    method = make_method(name)
+    values = method.hyperparameters()
+    for hyperparameters in (values, {key: str(value) for key, value in values.items()}):
+        config = SparsityConfig(method=name, hyperparameters=hyperparameters)
+        assert config.make_method() == method
+        assert from_tree(SparsityConfig, json.loads(json.dumps(as_json(config)))) == config
+
+
+@every_method
+def test_a_resumed_run_is_the_whole_one_bit_for_bit(name: str) -> None:
+    whole, first, second = make(name), make(name), make(name)
+    train(whole, optimizer_of(whole), range(6))
+    optimizer = optimizer_of(first)
+    train(first, optimizer, range(3))
+    restore(second, *split(first))
+    resumed = optimizer_of(second)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(second, resumed, range(3, 6))
+    assert same(second, whole)
+
+
+@every_method
+def test_copies_and_pickles_train_on_alike(name: str) -> None:
+    model = make(name)
+    train(model, optimizer_of(model), range(3))
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for one in (model, *others):
+        train(one, optimizer_of(one), range(3, 6))
+    assert all(same(other, model) for other in others)
+
+
+@every_method
+def test_a_finalized_model_computes_what_the_trained_one_did(name: str) -> None:
+    model = make(name)
+    train(model, optimizer_of(model), range(6))
+    images = BATCHES[0].unsqueeze(2)
+    before = model.eval()(images)
+    finalize(model)
+    assert torch.equal(model(images), before)
+    assert len(verify(model).checked) == 2 * (name != "dense")
+
+
+@every_method
+def test_what_is_remembered_loads_from_a_file_without_trust(name: str) -> None:
+    model = make(name)
+    train(model, optimizer_of(model), range(2))
+    file = io.BytesIO()
+    torch.save(sparsity_state(model), file)
+    file.seek(0)
+    load_sparsity_state(model, torch.load(file, weights_only=True))
+
+
+@every_method
+def test_loss_scaling_and_accumulation_change_rounding_only(name: str) -> None:
+    plain, scaled, parts = make(name), make(name), make(name)
+    before = shadow(plain)
+    train(plain, optimizer_of(plain), range(4))
+    train(scaled, optimizer_of(scaled), range(4), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    train(parts, optimizer_of(parts), range(4), parts=4)
+    for key, value in shadow(plain).items():
+        assert not torch.equal(value, before[key])
+        torch.testing.assert_close(shadow(scaled)[key], value, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(shadow(parts)[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_text_becomes_the_type_of_the_field(ramped: None) -> None:
+    given = {"ramp": "10", "start": "0.5", "nested": "true", "shape": "cosine"}
+    config = SparsityConfig(method="ramped", decay=0.5, hyperparameters=given)
+    assert config.make_method() == Ramped(0.5, 10, 0.5, True, "cosine")
+    assert SparsityConfig(method="ramped", hyperparameters={"start": "none"}).make_method() == Ramped(start=None)
+    assert {type(value) for value in config.make_method().hyperparameters().values()} == {float, int, bool, str}
+    assert [f.name for f in fields(Ramped)] == list(config.make_method().hyperparameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"ramp": "fast"}, 'hyperparameter "ramp" of method "ramped" must be int, found "fast"'),
+        ({"ramp": "0.5"}, "must be int"),
+        ({"start": "early"}, 'must be float or None, found "early"'),
+        ({"nested": "1"}, "must be bool"),
+        ({"rate": "1"}, 'has no hyperparameter "rate"; it takes decay, ramp, start, nested, shape'),
+        ({"decay": "1"}, "decay is given twice"),
+    ],
+)
+def test_hyperparameters_that_do_not_fit_are_named(given: dict[str, str], complaint: str, ramped: None) -> None:
+    with pytest.raises(SparsityError, match=complaint):
+        SparsityConfig(method="ramped", decay=1.0, hyperparameters=given)

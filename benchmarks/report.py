@@ -1,7 +1,8 @@
 """Result files, their pictures, and the page that is drawn from them.
 
 A result is one JSON document: the environment, and rows of one measurement each. A measurement that this machine
-cannot do is a row too, with the reason under "not_run". `python -m nm_sparsity.benchmarks.report` redraws README.md.
+cannot do is a row too, with the reason under "not_run". `python -m nm_sparsity.benchmarks.report` draws README.md and
+the pages with all rows that it links.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ NOT_RUN = "not_run"
 DEFAULT_FOLDER = "runs/benchmarks"
 COMMITTED = Path(__file__).parent / "results"
 MOST_BARS = 60
-MOST_ROWS = 100
-"""On the page; a file may have thousands."""
+MOST_ROWS = 10
+"""In a table of README.md; a file may have thousands."""
 
 SAVE_SECONDS = 10
 
@@ -56,9 +57,9 @@ class Result:
             self.save(self.folder)
             self._saved = time.monotonic()
 
-    def table(self, markdown: bool = False, most: int | None = None) -> str:
-        """The first `most` rows, "not run: why" in the last column where it applies."""
-        rows = self.rows[:most]
+    def table(self, markdown: bool = False, rows: Sequence[Row] | None = None) -> str:
+        """All rows or those given, "not run: why" in the last column where it applies."""
+        rows = self.rows if rows is None else rows
         names = list(dict.fromkeys(key for row in rows for key in row if key != NOT_RUN))
         notes = any(NOT_RUN in row for row in rows)
         cells = [
@@ -242,12 +243,28 @@ def plot(result: Result, path: Path) -> Path | None:
 PAGE = Path(__file__).parent / "README.md"
 
 
+TELLING: dict[str, dict[str, object]] = {
+    "masks": {"how": "ours", "pattern": "2:4"},
+    "training": {},
+    "products": {"how": "cusparselt, searched", "launch": "graph", "tokens": 4096},
+    "models": {"launch": "compiled, graph"},
+}
+"""The rows of each benchmark that README.md shows, where a file has such."""
+
+
 def draw(folder: str | Path = COMMITTED, page: Path = PAGE) -> None:
-    """Redraw the tables of `page`, between ``<!-- masks -->`` and ``<!-- end -->``, from the files in `folder`."""
+    """Write a page with all rows beside each file in `folder`, and the tables of `page` from the newest ones.
+
+    The tables stand between ``<!-- masks -->`` and ``<!-- end -->``: of each device, `MOST_ROWS` of the `TELLING` rows.
+    """
     newest: dict[tuple[str, str], Path] = {}
     for path in sorted(Path(folder).glob("*.json"), key=lambda path: path.stem.rsplit("_", 1)[-1]):
         result = Result.load(path)
         newest[result.what, result.device] = path
+        picture = path.with_suffix(".png")
+        parts = [f"# {result.what}, {result.device}", _about(result), result.table(markdown=True)]
+        parts += [f"![{result.what}]({picture.name})"] if picture.exists() else []
+        path.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     text = page.read_text(encoding="utf-8")
     for what in CHARTS:
         parts = [_section(path) for (of, _), path in newest.items() if of == what]
@@ -259,23 +276,24 @@ def draw(folder: str | Path = COMMITTED, page: Path = PAGE) -> None:
     page.write_text(text, encoding="utf-8")
 
 
+def _about(result: Result) -> str:
+    """Where a result comes from, as Markdown."""
+    about = result.environment
+    where = f"CUDA {about['cuda']}, driver {about['driver']}" if about.get("gpu") else f"{about['threads']} thread(s)"
+    note = f". {about['note']}" if "note" in about else ""
+    return (
+        f"**{result.device}**, {where}, torch {about['torch']}, Python {about['python']}, {about['time'][:10]}, "
+        f"commit {str(about['commit'])[:10]}: `{about['command']}`{note}"
+    )
+
+
 def _section(path: Path) -> str:
     result = Result.load(path)
-    about, more = result.environment, len(result.rows) - MOST_ROWS
-    where = result.device + (
-        f", CUDA {about['cuda']}, driver {about['driver']}" if about.get("gpu") else f", {about['threads']} thread(s)"
-    )
-    lines = [
-        f"**{where}**, torch {about['torch']}, Python {about['python']}, {about['time'][:10]}, "
-        f"commit {str(about['commit'])[:10]}: [`{path.name}`](results/{path.name})",
-        f"`{about['command']}`",
-        result.table(markdown=True, most=MOST_ROWS),
-    ]
-    if more > 0:
-        lines.append(f"{more:,} more rows are in the file.")
-    if path.with_suffix(".png").exists():
-        lines.append(f"![{result.what}](results/{path.with_suffix('.png').name})")
-    return "\n\n".join(lines)
+    telling = TELLING[result.what].items()
+    chosen = [row for row in result.rows if NOT_RUN not in row and all(row.get(key) == value for key, value in telling)]
+    rows = (chosen or result.rows)[:MOST_ROWS]
+    files = f"[all {len(result.rows):,} rows](results/{path.stem}.md), [JSON](results/{path.name})"
+    return "\n\n".join([f"{_about(result)} ({files})", result.table(markdown=True, rows=rows)])
 
 
 @command_line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,15 +37,19 @@ def test_the_table_shows_what_was_not_run() -> None:
     assert lines[3].endswith("not run: needs CUDA")
 
 
-def test_long_results_are_cut_on_the_page(tmp_path: Path) -> None:
+def test_the_page_shows_ten_telling_rows_and_links_all(tmp_path: Path) -> None:
     page, result = tmp_path / "README.md", example()
     page.write_text("\n".join(f"<!-- {what} -->\n<!-- end -->" for what in report.CHARTS).replace("-->\n<", "-->\n\n<"))
-    result.rows = [{"weights": f"w{i}", "ns/weight": 1.0} for i in range(report.MOST_ROWS + 7)]
-    result.save(tmp_path / "results")
+    ways = [{"how": how, "pattern": "2:4", "ns/weight": 1.0} for how in ("copy", "ours")]
+    result.rows = [{"weights": f"w{i}", **way} for i in range(12) for way in ways]
+    path = result.save(tmp_path / "results")
     draw(tmp_path / "results", page)
-    assert f"| w{report.MOST_ROWS - 1}" in page.read_text()
-    assert f"| w{report.MOST_ROWS} " not in page.read_text()
-    assert "7 more rows are in the file." in page.read_text()
+    text, whole = page.read_text(), path.with_suffix(".md").read_text()
+    assert "| w9 " in text
+    assert "| w10 " not in text
+    assert "| copy" not in text
+    assert f"[all 24 rows](results/{path.stem}.md)" in text
+    assert whole.count("| ours") == whole.count("| copy") == 12
 
 
 def test_rows_are_saved_while_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +76,7 @@ def test_the_page_is_drawn_from_the_newest_file_of_each_device(tmp_path: Path) -
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "77" not in text
-    assert text.count("[`masks_") == 2
+    assert text.count("(results/masks_") == 4  # two devices, page and file of each
     assert "commit 0123456789:" in text
     assert "| w       | ours" in text
     assert "old" not in text
@@ -83,11 +88,14 @@ def test_the_page_is_drawn_from_the_newest_file_of_each_device(tmp_path: Path) -
         draw(tmp_path / "results", page)
 
 
-def test_the_projects_own_page_is_up_to_date(tmp_path: Path) -> None:
-    copy = tmp_path / "README.md"
-    copy.write_text(report.PAGE.read_text())
-    draw(report.COMMITTED, copy)
-    assert copy.read_text() == report.PAGE.read_text()
+def test_the_projects_own_pages_are_up_to_date(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(report.PAGE.read_text())
+    results = Path(shutil.copytree(report.COMMITTED, tmp_path / "results"))
+    draw(results, page)
+    assert page.read_text() == report.PAGE.read_text()
+    for path in report.COMMITTED.glob("*.md"):
+        assert (results / path.name).read_text() == path.read_text()
 
 
 def test_a_failing_measurement_keeps_its_rows_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

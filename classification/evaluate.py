@@ -21,7 +21,7 @@ from nm_sparsity.classification.data import eval_batches, load_splits
 from nm_sparsity.classification.models import build
 from nm_sparsity.core import CheckpointError, SparsityError, frozen, verify
 from nm_sparsity.core.experiments.command_line import command_line, present_names
-from nm_sparsity.core.experiments.finalize import FINALIZED
+from nm_sparsity.core.experiments.run import FINALIZED
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
 from nm_sparsity.core.files.metadata import METADATA, find_parts

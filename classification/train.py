@@ -18,16 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from nm_sparsity.classification import distributed
+from nm_sparsity.classification import PACKAGES, distributed
 from nm_sparsity.classification.configs import RECIPES, Config, OptimizerConfig
 from nm_sparsity.classification.data import eval_batches, load_splits, part_size, steps_per_epoch, train_batches
 from nm_sparsity.classification.evaluate import BEST, LATEST, Accuracy, autocast, evaluate, find_checkpoint
 from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.finalize import FINALIZED, finalize_and_check
+from nm_sparsity.core.experiments.finalize import finalize_and_check
 from nm_sparsity.core.experiments.recipes import difference
-from nm_sparsity.core.experiments.run import Run, read_metrics, write_json
+from nm_sparsity.core.experiments.run import FINALIZED, METRICS, Run, read_metrics, write_json
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, find_parts
@@ -114,7 +114,7 @@ class Trainer:
         config, first = self.config, self.position.step
         folder = config.folder if distributed.rank() == 0 else None
         with (
-            Run(folder, config.to_dict(), config.seed, config.resume) as run,
+            Run(folder, config.to_dict(), config.seed, config.resume, PACKAGES) as run,
             tqdm(
                 total=len(self.lr),
                 initial=first,
@@ -354,7 +354,7 @@ def _named(prefix: str, accuracy: Accuracy) -> dict[str, float]:
 def _forget_after(run: Path, step: int) -> None:
     """Drop the metrics that an interrupted run wrote after its last checkpoint."""
     kept = [line for line in read_metrics(run) if line["step"] <= step]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 @command_line

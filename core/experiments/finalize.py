@@ -17,9 +17,6 @@ from nm_sparsity.core.files.verify import Verification, verify
 from nm_sparsity.core.model.convert import finalize
 from nm_sparsity.core.model.report import SparsityReport
 
-FINALIZED = "finalized.pt"
-"""The end product in a run folder: dense names, zeros where weights were dropped, loadable without this package."""
-
 Score = Mapping[str, Any]
 """What an evaluation found, by name: numbers, or anything that can be compared, such as the translations themselves."""
 

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,23 +18,26 @@ import torch
 
 from nm_sparsity.core.errors import SparsityError
 
-_PACKAGES = (
-    *("nm-sparsity", "torchvision", "triton", "numpy"),
-    *("onedl-mmengine", "onedl-mmcv", "onedl-mmdetection", "mmengine", "mmcv", "mmcv-lite", "mmdet", "pycocotools"),
-    *("ve-fairseq", "sentencepiece", "sacrebleu"),
-)
-"""Those that are installed are recorded."""
+CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
+"""In every run folder: what was asked, where it ran, what came out."""
+
+FINALIZED = "finalized.pt"
+"""The end product in a run folder: dense names, zeros where weights were dropped, loadable without this package."""
 
 
-def environment(seed: int | None = None) -> dict[str, Any]:
-    """What a figure needs beside it to be believed: commit, versions, hardware, threads, seed, command, time."""
+def environment(seed: int | None = None, packages: Iterable[str] = ()) -> dict[str, Any]:
+    """The provenance of a result: commit, versions, hardware, threads, seed, command, time.
+
+    Args:
+        packages: names of distributions whose versions matter too; those that are not installed are left out.
+    """
     return {
         "command": " ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: found for name in _PACKAGES if (found := _version(name))},
+        **{name: found for name in ("nm-sparsity", "numpy", "triton", *packages) if (found := _version(name))},
         "cuda": torch.version.cuda,
         "os": platform.platform(),
         "cpu": _cpu_name(),
@@ -48,14 +51,20 @@ def environment(seed: int | None = None) -> dict[str, Any]:
 class Run:
     """A run folder, open for writing metrics. On ranks other than 0 pass ``folder=None``: nothing is written.
 
-    TensorBoard events go beside the JSON lines if ``tensorboard`` is installed.
+    `config`, `seed` and `packages` (see `environment`) are recorded at once. TensorBoard events go beside the JSON
+    lines if ``tensorboard`` is installed.
 
     Raises:
         SparsityError: if the folder cannot be written.
     """
 
     def __init__(
-        self, folder: str | Path | None, config: Any = None, seed: int | None = None, resume: bool = False
+        self,
+        folder: str | Path | None,
+        config: Any = None,
+        seed: int | None = None,
+        resume: bool = False,
+        packages: Iterable[str] = (),
     ) -> None:
         self.folder = Path(folder) if folder is not None else None
         self._metrics: Any = None
@@ -64,10 +73,9 @@ class Run:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", config)
-            write_json(self.folder / "environment.json", environment(seed))
-            mode = "a" if resume else "w"
-            self._metrics = open(self.folder / "metrics.jsonl", mode, encoding="utf-8")  # noqa: SIM115
+            write_json(self.folder / CONFIG, config)
+            write_json(self.folder / ENVIRONMENT, environment(seed, packages))
+            self._metrics = open(self.folder / METRICS, "a" if resume else "w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise SparsityError(f"cannot write the run folder {self.folder}: {error}") from error
         try:
@@ -116,11 +124,11 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl`` in a run folder.
 
     Raises:
-        SparsityError: if there is none.
+        SparsityError: if there is no such file.
     """
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / METRICS
     if not path.is_file():
-        raise SparsityError(f"{folder} is not a run folder: it has no metrics.jsonl")
+        raise SparsityError(f"{folder} is not a run folder: it has no {METRICS}")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

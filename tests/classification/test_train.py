@@ -294,9 +294,7 @@ def test_folders_are_never_overwritten_and_only_the_same_run_resumes(tiny: Tiny)
         train(tiny(resume=True))
     train(tiny())
     before = (tiny().folder / "latest.pt").read_bytes()
-    with pytest.raises(
-        SparsityError, match=r"holds a run already: continue it with --resume, or choose another --out"
-    ):
+    with pytest.raises(SparsityError, match=r"holds a run already: continue it with --resume, or choose another --out"):
         train(tiny())
     with pytest.raises(SparsityError, match=r"of a run with another config .seed: 0 -> 1"):
         train(tiny(resume=True, seed=1))

@@ -11,13 +11,15 @@ from nm_sparsity.core.table import format_table
 
 
 def test_a_run_folder_says_what_where_and_what_came_out(tmp_path: Path) -> None:
-    with Run(tmp_path / "run", SparsityConfig(exclude=("fc",)), seed=7) as run:
+    with Run(tmp_path / "run", SparsityConfig(exclude=("fc",)), seed=7, packages=("pytest", "no-such-package")) as run:
         run.log(1, {"loss": 0.5, "phase": "warm-up"})
         run.log(2, {"loss": 0.25})
     config = json.loads((tmp_path / "run/config.json").read_text())
     assert (config["pattern"], config["exclude"]) == ("2:4", ["fc"])
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     assert (environment["torch"], environment["seed"]) == (torch.__version__, 7)
+    assert environment["pytest"] == pytest.__version__
+    assert "no-such-package" not in environment
     assert {"commit", "python", "cpu", "cpu_cores", "gpu", "command", "time"} <= set(environment)
     assert read_metrics(tmp_path / "run") == [{"step": 1, "loss": 0.5, "phase": "warm-up"}, {"step": 2, "loss": 0.25}]
     if find_spec("tensorboard"):

@@ -2,49 +2,43 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-from nm_sparsity.classification.study import Study, conduct, results_table
+from nm_sparsity.classification.study import ImageStudy
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.finalize import FINALIZED
+from nm_sparsity.core.experiments.comparison import results_table
+from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.demo import print_next_steps
+from nm_sparsity.core.experiments.run import FINALIZED
 
-DEMO = Study(recipe="digits_dense", folder=Path("runs/demo"), patterns=("2:4", "1:8"), seeds=5, epochs=30)
-
-
-def next_steps(study: Study) -> list[tuple[str, str]]:
-    """What to try after the demo: (what it does, command)."""
-    python = os.path.relpath(sys.executable)
-    module = f"{python} -m nm_sparsity"
-    return [
-        ("test accuracy of the finalized checkpoint", f"{module}.classification.evaluate {study.folder / FINALIZED}"),
-        ("is it really 2:4?", f"{module}.core verify {study.folder / FINALIZED} --pattern {study.patterns[0]}"),
-        (
-            "a harder pattern",
-            f"{module}.classification.train digits_2by4 --sparsity.pattern 1:16 --folder runs/digits_1by16",
-        ),
-        ("what 2:4 does to ResNet-50", f"{module}.core inspect resnet50 --pattern 2:4"),
-        ("all recipes, ImageNet's too", f"{module}.classification.train --help"),
-    ]
+DEMO = ImageStudy(
+    recipe="digits_dense", out=Path("runs/demo"), seeds=(0, 1, 2, 3, 4), length=30, choosing_seeds=(100, 101)
+)
 
 
 @command_line
-def main(study: Study = DEMO) -> None:
-    """The command line; takes no arguments."""
+def main(study: ImageStudy = DEMO) -> None:
+    """Train what is not there yet, show the comparison, and say what to try next; takes no arguments."""
     print(
         f"ResNet-8 on 8x8 digits: dense, STE, SR-STE and ASP at {' and '.join(study.patterns)}, "
-        f"{study.seeds} seeds, {study.epochs} epochs"
+        f"{len(study.seeds)} seeds, {study.length} epochs"
     )
     rows = conduct(study)
-    print(f"\n{results_table(rows)}\n")
-    images = rows[0].runs[0]["test/images"]
-    print(f"One of the {images} test images is {100 / images:.2f} points; differences of that size mean nothing.")
-    print("flips/weight: SAD per sparse weight over the whole run; ASP's epochs count its dense run.")
-    print(f"{study.folder / FINALIZED} (SR-STE at {study.patterns[0]}) is verified: every group keeps its pattern.")
-    print(f"More in {study.folder / 'report.md'}, accuracy.png and sad.png.\n\nWhat to try next:")
-    for what, command in next_steps(study):
-        print(f"  {command}\n      {what}")
+    print(f"\n{results_table(study, rows)}\n")
+    product = study.out / FINALIZED
+    print(*study.notes([result for row in rows for result in row.results.values()]), sep="\n")
+    print(f"{product} (SR-STE at {study.patterns[0]}) is verified: every group keeps its pattern.")
+    print(f"More in {study.out / 'report.md'}, accuracy.png and sad.png.\n")
+    print_next_steps(
+        {
+            "test accuracy of the finalized checkpoint": f"nm_sparsity.classification.evaluate {product}",
+            "is it really 2:4?": f"nm_sparsity.core verify {product} --pattern {study.patterns[0]}",
+            "a harder pattern": "nm_sparsity.classification.train digits_2to4 --pattern 1:16 --out runs/digits_1to16",
+            "what 2:4 does to ResNet-50": "nm_sparsity.core inspect resnet50 --pattern 2:4",
+            "all recipes, ImageNet's too": "nm_sparsity.classification.train --help",
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ FOLDERS = ("core", "classification", "detection", "translation", "benchmarks")
 PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    *(page for f in ("benchmarks", "translation", "detection") if (page := ROOT / f / "README.md").exists()),
+    *(page for f in FOLDERS if (page := ROOT / f / "README.md").exists()),
 ]
 
 # Names that a page uses for what the reader brings along.

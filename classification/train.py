@@ -25,7 +25,7 @@ from nm_sparsity.classification.evaluate import BEST, LATEST, Accuracy, autocast
 from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.finalize import finalize_and_check
+from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
 from nm_sparsity.core.experiments.recipes import difference
 from nm_sparsity.core.experiments.run import FINALIZED, METRICS, Run, read_metrics, write_json
 from nm_sparsity.core.files.checkpoint import restore, split
@@ -251,7 +251,7 @@ class Trainer:
             "seconds": self.position.seconds,
         }
         if distributed.rank() == 0:
-            done.save(config.folder / FINALIZED, config=config.to_dict())
+            save_finalized(done.model, config.folder / FINALIZED, config=config.to_dict())
             write_json(config.folder / SUMMARY, summary)
         run.log(self.position.step, _named("test", final))
         self._say(

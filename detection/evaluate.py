@@ -1,6 +1,6 @@
 """Score a trained detector as COCO does: ``python -m nm_sparsity.detection.evaluate RUN``.
 
-Writes ``evaluation.json`` and ``predictions.png`` into the run folder and, for a sparse model, ``finalized.pth``: the
+Writes ``evaluation.json`` and ``predictions.png`` into the run folder and, for a sparse model, ``finalized.pt``: the
 verified N:M model as any MMDetection loads it, which must score the same.
 """
 
@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
 from tqdm import tqdm
 
-from nm_sparsity.core import SparsityError, finalize, frozen, verify
+from nm_sparsity.core import SparsityError, frozen
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.run import environment, write_json
+from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
+from nm_sparsity.core.experiments.run import FINALIZED, environment, write_json
 from nm_sparsity.core.files.checkpoint import restore
-from nm_sparsity.core.files.io import save
-from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
+from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.core.table import format_table
 from nm_sparsity.detection import config as configs
 
@@ -136,39 +136,33 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
     if is_sparse:
         hook.config.sparsify(model)
     restore(model, state_dict, metadata)
-    detections = predict(model, loader)
     kinds = {"box": "bbox", **({"mask": "segm"} if model.with_mask else {})}
-    scores = {name: score(truth, detections, kind, dataset.cat_ids) for name, kind in kinds.items()}
-    result: dict[str, Any] = {
-        "checkpoint": str(checkpoint),
-        "images": len(dataset),
-        "detections": len(detections),
-        **{name: {**one.numbers, "classes": one.classes} for name, one in scores.items()},
-    }
+    detections: Detections = []
+
+    def scores(model: nn.Module) -> dict[str, Any]:
+        detections[:] = predict(model, loader)
+        found = {name: score(truth, detections, kind, dataset.cat_ids) for name, kind in kinds.items()}
+        return {name: {**one.numbers, "classes": one.classes} for name, one in found.items()}
+
+    def reload(end: nn.Module) -> nn.Module:
+        save_finalized(end, run / FINALIZED, meta=payload["meta"])
+        stock: nn.Module = init_detector(copy.deepcopy(config), str(run / FINALIZED), device=str(get_device()))
+        return stock
+
+    result: dict[str, Any] = {"checkpoint": str(checkpoint), "images": len(dataset)}
     if is_sparse:
-        finalize(model)
-        checks = verify(model, hook.config.pattern).checked
-        file = run / "finalized.pth"
-        save(file, {"meta": payload["meta"], "state_dict": model.state_dict(), METADATA: Metadata.of(model).to_dict()})
-        verify(file)
-        stock = init_detector(copy.deepcopy(config), str(file), device=str(get_device()))
-        found = predict(stock, loader)
-        for name, kind in kinds.items():
-            again = score(truth, found, kind, dataset.cat_ids).numbers
-            if _differ(again, scores[name].numbers):
-                raise SparsityError(f"{file} scores {again} ({name}), but {checkpoint} {scores[name].numbers}")
-        result["verified"] = f"{len(checks)} weights are N:M; the finalized model scores the same"
+        done = finalize_and_check(model, scores, gpu_tolerance=1e-3, reload=reload)
+        weights = len(done.verification.checked)
+        result |= {**done.score, "verified": f"{weights} weights are N:M; the finalized model scores the same"}
+    else:
+        result |= scores(model)
+    result["detections"] = len(detections)
     result["environment"] = environment(config.get("randomness", {}).get("seed"))
     write_json(run / "evaluation.json", result)
     shown = [dataset.get_data_info(index) for index in range(min(pictures, len(dataset)))]
     if shown:
         draw({info["img_id"]: Path(info["img_path"]) for info in shown}, truth, detections, run / "predictions.png")
     return result
-
-
-def _differ(a: Mapping[str, float | None], b: Mapping[str, float | None]) -> bool:
-    """Whether numbers differ by more than a GPU's kernels may (on the CPU, they are equal)."""
-    return any(abs((a[name] or 0) - (b[name] or 0)) > 1e-3 for name in NUMBERS)
 
 
 def _config_of(run: Path) -> Any:
@@ -254,7 +248,7 @@ def main_evaluate(run: tyro.conf.Positional[Path], checkpoint: Path | None = Non
 
 @command_line
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
+    """Evaluate as the arguments say, and print the numbers."""
     tyro.cli(main_evaluate, args=arguments, description=__doc__)
 
 

@@ -106,7 +106,7 @@ def _report(annotations: Path, images: Path, decode: bool) -> None:
 
 @command_line
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
+    """Make or check the data set that the arguments name."""
     names: dict[str, Callable[..., Any]] = {
         "coco": prepare_coco,
         "composed": composed,

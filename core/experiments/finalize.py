@@ -18,7 +18,7 @@ from nm_sparsity.core.model.convert import finalize
 from nm_sparsity.core.model.report import SparsityReport
 
 Score = Mapping[str, Any]
-"""What an evaluation found, by name: numbers, or anything that can be compared, such as the translations themselves."""
+"""What an evaluation found, by name: numbers, mappings of them, or anything comparable, such as the translations."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,6 @@ class Finalized:
     """Of the finalized one."""
     report: SparsityReport
     verification: Verification
-
-    def save(self, path: Path, **more: Any) -> None:
-        """Write a checkpoint whose ``state_dict`` any program with the dense model loads; `more` lies beside it."""
-        save(path, {"state_dict": self.model.state_dict(), METADATA: Metadata.of(self.model).to_dict(), **more})
 
 
 def finalize_and_check(
@@ -71,7 +67,17 @@ def finalize_and_check(
     return Finalized(end, before, after, report, verification)
 
 
+def save_finalized(model: nn.Module, path: Path, **more: Any) -> None:
+    """Write a finalized `model` as a checkpoint whose ``state_dict`` any program with the dense model loads.
+
+    `more` lies beside it.
+    """
+    save(path, {"state_dict": model.state_dict(), METADATA: Metadata.of(model).to_dict(), **more})
+
+
 def _equal(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key], tolerance) for key in a)
     if isinstance(a, int | float) and isinstance(b, int | float):
         return abs(a - b) <= tolerance
     return bool(a == b)

@@ -83,7 +83,7 @@ def test_evaluate_finalizes_verifies_and_draws(
         assert set(evaluate.NUMBERS) < set(result[kind])
         assert len(result[kind]["classes"]) == 10
     assert f"{result['box']['AP']:.4g}" in printed
-    assert verify(run / "finalized.pth", "2:4").checked
+    assert verify(run / "finalized.pt", "2:4").checked
     with Image.open(run / "predictions.png") as picture:
         assert picture.size == (2 * 388, 2 * 388)
 
@@ -100,7 +100,7 @@ def test_a_run_without_the_hook_is_evaluated(
     run(config, tmp_path / "run")
     assert evaluate.main([str(tmp_path / "run")]) == 0
     assert "dense model: no pattern to verify" in capsys.readouterr().out
-    assert not (tmp_path / "run" / "finalized.pth").exists()
+    assert not (tmp_path / "run" / "finalized.pt").exists()
     # Its checkpoint is scored as it stands, wherever it lies.
     elsewhere = evaluate.evaluate(
         shutil.copytree(trained, tmp_path / "sparse"), tmp_path / "run" / "epoch_1.pth", pictures=0
@@ -132,7 +132,7 @@ def test_a_finalized_model_that_scores_differently_is_refused(
     run = shutil.copytree(trained, tmp_path / "run")
     results = iter([perfect(truth), []])
     monkeypatch.setattr(evaluate, "predict", lambda model, loader: next(results))
-    with pytest.raises(SparsityError, match=r"finalized\.pth scores .*'AP': 0\.0.* but .*epoch_1\.pth .*'AP': 1\.0"):
+    with pytest.raises(SparsityError, match=r"finalize changed box from \{'AP': 1\.0.* to \{'AP': 0\.0"):
         evaluate.evaluate(run, pictures=0)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nm_sparsity.core import VerificationError, sparsify, verify
-from nm_sparsity.core.experiments.finalize import finalize_and_check
+from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
 from nm_sparsity.core.files.io import load
 from nm_sparsity.core.model.layers import sparse_layers
 
@@ -34,7 +34,7 @@ def test_the_copy_is_finalized_and_the_model_goes_on_training(model: nn.Module, 
     assert done.score == done.again == outputs(model)
     assert done.report.sparse_density == 0.5
     assert [check.name for check in done.verification.checked] == ["0.weight", "2.weight"]
-    done.save(tmp_path / "finalized.pt", config={"epochs": 3})
+    save_finalized(done.model, tmp_path / "finalized.pt", config={"epochs": 3})
     dense = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     payload = load(tmp_path / "finalized.pt")
     dense.load_state_dict(payload["state_dict"])
@@ -57,6 +57,15 @@ def test_another_score_is_an_error_that_names_it(model: nn.Module) -> None:
         finalize_and_check(model, outputs, reload=doubled)
     with pytest.raises(VerificationError, match=r"^finalize changed outputs from \[\[.*\.\.\. to \[\["):
         finalize_and_check(model, lambda m: {"outputs": outputs(m)["outputs"]}, reload=doubled)
+
+
+def test_numbers_in_mappings_are_compared_one_by_one(model: nn.Module) -> None:
+    """COCO's numbers, say, with None where nothing of that size is annotated."""
+    same = {"box": {"AP": 0.5, "AP_large": None}}
+    assert finalize_and_check(model, lambda _: same).again == same
+    scores = iter([same, {"box": {"AP": 0.5, "AP_large": 0.0}}])
+    with pytest.raises(VerificationError, match=r"changed box from \{'AP': 0\.5, 'AP_large': None\} to \{"):
+        finalize_and_check(model, lambda _: next(scores))
 
 
 def test_on_a_cpu_numbers_must_be_equal_whatever_a_gpu_may_do(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Prints the folder to give to fairseq: ``fairseq-train --user-dir $(python -m nm_sparsity.translation) ...``."""
+"""Print the folder to give to fairseq: ``fairseq-train --user-dir $(python -m nm_sparsity.translation) ...``."""
 
 from pathlib import Path
 

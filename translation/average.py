@@ -1,4 +1,4 @@
-"""Average checkpoints, or export one: ``python -m nm_sparsity.translation.average FILE... --output FILE``.
+"""Average checkpoints, or export one: ``python -m nm_sparsity.translation.average FILE... --out FILE``.
 
 The result is sparse as it stands and a checkpoint of fairseq's own ``translation`` or ``language_modeling`` task: it
 needs neither our ``--user-dir`` nor this package. Averaged are the dense shadow weights, which are then masked: the
@@ -8,7 +8,6 @@ average of sparse weights with different masks would not be N:M.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import tyro
 
 from nm_sparsity.core import CheckpointError, keep_largest, verify
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, present_names
 from nm_sparsity.core.files.checkpoint import merge
 from nm_sparsity.core.files.io import save
 from nm_sparsity.core.files.metadata import METADATA, Metadata
@@ -25,43 +24,36 @@ from nm_sparsity.translation.plugin import DICTIONARIES
 from nm_sparsity.translation.trainer import EMA, read
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to average."""
+def average(inputs: tyro.conf.Positional[tuple[Path, ...]], out: Path, ema: bool = False) -> dict[str, Any]:
+    """Average checkpoints of one run, mask the result, write and verify it; returns what was written.
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Checkpoints of one run; of a single one, this is an export."""
-    output: Path
-    """The file to write."""
-    ema: bool = False
-    """Take the exponential moving averages that ``--store-ema`` kept."""
-
-
-def average(options: Options) -> dict[str, Any]:
-    """Average, mask, write and verify; returns what was written.
+    Args:
+        inputs: the checkpoints; of a single one, this is an export.
+        out: the file to write.
+        ema: take the exponential moving averages that ``--store-ema`` kept.
 
     Raises:
         CheckpointError: if a file is damaged, of another model, pattern or dictionary, or has no moving average.
     """
-    if not options.inputs:
+    if not inputs:
         raise CheckpointError("name at least one checkpoint")
     total: dict[str, torch.Tensor] = {}
     payload: dict[str, Any] = {}
     table: Table = {}
-    for path in options.inputs:
+    for path in inputs:
         before, payload = payload, read(path)
-        weights, metadata = _shadow(payload, path, options.ema)
+        weights, metadata = _shadow(payload, path, ema)
         before_table, table = table, metadata.layers
         if before and before_table != table:
-            raise CheckpointError(f"{path} is not sparse in the same way as {options.inputs[0]}")
+            raise CheckpointError(f"{path} is not sparse in the same way as {inputs[0]}")
         if total and {n: t.shape for n, t in total.items()} != {n: t.shape for n, t in weights.items()}:
-            raise CheckpointError(f"{path} is of another model than {options.inputs[0]}: names or shapes differ")
+            raise CheckpointError(f"{path} is of another model than {inputs[0]}: names or shapes differ")
         if before and _dictionaries(before) != _dictionaries(payload):
-            raise CheckpointError(f"{path} was trained with another dictionary than {options.inputs[0]}")
+            raise CheckpointError(f"{path} was trained with another dictionary than {inputs[0]}")
         for name, value in weights.items():
             # In double precision, so that the order of the files does not matter.
             total[name] = total.get(name, 0) + value.double()
-    model = {name: (value / len(options.inputs)).to(weights[name].dtype) for name, value in total.items()}
+    model = {name: (value / len(inputs)).to(weights[name].dtype) for name, value in total.items()}
     for name, placement in metadata.layers.items():
         model[name] = keep_largest(model[name], *placement)
     extra = {key: value for key, value in payload["extra_state"].items() if key == "train_iterator"}
@@ -76,9 +68,10 @@ def average(options: Options) -> dict[str, Any]:
         "task_state": _dictionaries(payload),
         "last_optimizer_state": None,
     }
-    save(options.output, result)
+    save(out, result)
     if metadata.layers:
-        verify(options.output)
+        verify(out)
+    print(f"{out}: {len(inputs)} checkpoint(s), for any fairseq")
     return result
 
 
@@ -99,11 +92,10 @@ def _shadow(payload: dict[str, Any], path: Path, ema: bool) -> tuple[dict[str, t
 
 
 @command_line
-def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options, prog="python -m nm_sparsity.translation.average", description=__doc__)
-    average(options)
-    print(f"{options.output}: {len(options.inputs)} checkpoint(s), for any fairseq")
+def main(arguments: list[str] | None = None) -> None:
+    """Average what `arguments`, by default the command line's, name."""
+    given = present_names(sys.argv[1:] if arguments is None else arguments, {"--output": "--out"})
+    tyro.cli(average, args=given, prog="python -m nm_sparsity.translation.average", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from fairseq import checkpoint_utils, utils
-from fairseq_cli.eval_lm import eval_lm
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from torch import nn
@@ -32,9 +30,10 @@ from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.table import format_table
 from nm_sparsity.translation.corpora import read_lines
-from nm_sparsity.translation.plugin import check_dictionaries
+from nm_sparsity.translation.plugin import check_dictionaries, install
 from nm_sparsity.translation.prepare import Prepared, check_separate
 from nm_sparsity.translation.recipes import checkpoint_of, recorded
+from nm_sparsity.translation.stock import checkpoint_utils, eval_lm, utils
 from nm_sparsity.translation.trainer import read
 
 EVALUATION = "evaluation.json"
@@ -102,6 +101,7 @@ def load_run(checkpoint: Path, data: Path) -> tuple[Any, Any]:
     Raises:
         CheckpointError: if the file is damaged, or of another dictionary than `data`.
     """
+    install()  # also for a checkpoint of fairseq's own tasks
     state = read(checkpoint)["task_state"]
     models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], {"data": str(data / "bin")})
     check_dictionaries(task, state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -13,6 +14,9 @@ from omegaconf import II
 from nm_sparsity.core import SparsityConfig, SparsityError
 
 PREFIX = "nm_"
+
+MAPPINGS = {"patterns": "GLOB=PATTERN", "hyperparameters": "NAME=VALUE"}
+"""Fields that are mappings, and how an entry is written."""
 
 # What the task has to know of fairseq's other options; they follow those and are none of their own.
 _FOLLOWED = {
@@ -28,7 +32,7 @@ _FOLLOWED = {
 def add_options(config: type) -> Any:
     """A fairseq task dataclass with the fields of `config` and of `SparsityConfig`, those as ``nm_*``.
 
-    Lists of globs are comma-separated text, and ``patterns`` is ``GLOB=PATTERN,...``.
+    Lists of globs are comma-separated text, and mappings are ``NAME=VALUE,...``.
     """
     help_texts = _attribute_docstrings(SparsityConfig)
     fields: list[tuple[str, Any, Any]] = []
@@ -39,8 +43,8 @@ def add_options(config: type) -> Any:
             text += " Comma-separated."
         if field.name == "include":
             text = text.replace("empty means all", "empty means encoder.layers and decoder.layers")
-        if field.name == "patterns":
-            text += " GLOB=PATTERN,..."
+        if field.name in MAPPINGS:
+            text += f" {MAPPINGS[field.name]},..."
         # fairseq reads typing.Optional and no newer spelling.
         kind: Any = float if field.name == "decay" else str
         default = dataclasses.field(default=field.default if plain else None, metadata={"help": text})
@@ -53,7 +57,7 @@ def sparsity_config(task_config: Any) -> SparsityConfig:
     """The `SparsityConfig` that the ``nm_*`` options of a task config stand for.
 
     Raises:
-        SparsityError: for a value out of range.
+        SparsityError: for a value that is malformed or out of range.
     """
     values = {f.name: getattr(task_config, PREFIX + f.name) for f in dataclasses.fields(SparsityConfig)}
     if str(values["pattern"]).isdigit():
@@ -62,13 +66,12 @@ def sparsity_config(task_config: Any) -> SparsityConfig:
         )
     for name in ("include", "exclude"):
         values[name] = _list(values[name])
-    patterns = {}
-    for item in _list(values["patterns"]):
-        glob, separator, pattern = item.rpartition("=")
-        if not separator:
-            raise SparsityError(f'--nm-patterns "{item}" is not GLOB=PATTERN, e.g. decoder.layers=1:4')
-        patterns[glob] = pattern
-    return SparsityConfig(**{**values, "patterns": patterns})
+    for name, form in MAPPINGS.items():
+        items = _list(values[name])
+        if malformed := [item for item in items if "=" not in item]:
+            raise SparsityError(f'--nm-{name} "{malformed[0]}" is not {form}')
+        values[name] = dict(item.split("=", 1) for item in items)
+    return SparsityConfig(**values)
 
 
 def as_options(config: SparsityConfig) -> dict[str, object]:
@@ -78,7 +81,7 @@ def as_options(config: SparsityConfig) -> dict[str, object]:
         value = getattr(config, field.name)
         if field.name in ("pattern", "method") or value != getattr(SparsityConfig(), field.name):
             if isinstance(value, Mapping):
-                value = ",".join(f"{glob}={pattern}" for glob, pattern in value.items())
+                value = ",".join(f"{key}={entry}" for key, entry in value.items())
             elif isinstance(value, tuple):
                 value = ",".join(value)
             options[f"nm-{field.name}"] = value
@@ -86,7 +89,8 @@ def as_options(config: SparsityConfig) -> dict[str, object]:
 
 
 def _list(text: str | None) -> tuple[str, ...]:
-    return tuple(item.strip() for item in (text or "").split(",") if item.strip())
+    """The entries of comma-separated text; commas in parentheses belong to an entry."""
+    return tuple(item.strip() for item in re.split(r",(?![^(]*\))", text or "") if item.strip())
 
 
 def _attribute_docstrings(cls: type) -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 Every stock architecture goes sparse by options, without a copied model: the projections of attention and the
 feed-forward layers of encoder and decoder. Embeddings and the output projection tied to them stay dense.
+
+Importing this registers the tasks. What else has to change in fairseq, `install` changes when a task is set up.
 """
 
 from __future__ import annotations
@@ -13,38 +15,61 @@ import logging
 import signal
 import sys
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from fairseq.data import Dictionary
-from fairseq.logging import metrics
-from fairseq.tasks import register_task
-from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageModelingTask
-from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, frozen
 from nm_sparsity.core.model.strength import decay_strength
 from nm_sparsity.translation import trainer
 from nm_sparsity.translation.options import add_options, sparsity_config
+from nm_sparsity.translation.stock import (
+    Dictionary,
+    LanguageModelingConfig,
+    LanguageModelingTask,
+    TranslationConfig,
+    TranslationTask,
+    metrics,
+    register_task,
+)
 
 logger = logging.getLogger(__name__)
 
 LAYERS = ("encoder.layers", "decoder.layers")
 """What is sparse unless ``--nm-include`` says otherwise, where the model has it."""
 
-# fairseq puts its options into checkpoints as they come from the command line; torch >= 2.6 must be told they are safe.
-torch.serialization.add_safe_globals([argparse.Namespace])
-
-
 DICTIONARIES = "nm_dictionaries"
 """Key in a checkpoint's ``task_state``: what tells one dictionary from another of the same size."""
 
+_NOISE = (
+    r".?torch\.cuda\.amp\.",
+    r"'pin_memory' argument is set as true but no accelerator",
+    r"(?s).*\bhydra\b",
+    r"Support for mismatched key_padding_mask and attn_mask",
+)
+"""Warnings that fairseq causes by its age, and by pinning memory for no GPU."""
+
+
+def install() -> None:
+    """Let fairseq's trainer know of sparsity, its commands of our errors, and torch of the options in its checkpoints.
+
+    Called when one of our tasks is set up. A second call changes nothing.
+    """
+    trainer.install()
+    # fairseq's own commands know nothing of our errors, which are made to be read without a traceback.
+    sys.excepthook = _without_traceback
+    # fairseq puts its options into checkpoints as they come from the command line.
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
 
 class SparseTask:
-    """What both tasks add to fairseq's own: a mixin in front of them."""
+    """What both tasks add to fairseq's own; a mixin that stands in front of them."""
 
     nm_stop = False
     """Set on every rank at once after one of them got SIGTERM: the update is finished, saved, and training ends."""
@@ -57,7 +82,8 @@ class SparseTask:
 
     @classmethod
     def setup_task(cls, cfg: Any, **kwargs: Any) -> Any:
-        """As fairseq's, after checking that the data is there."""
+        """As fairseq's, after `install` and after checking that the data is there."""
+        install()
         _check_data(cfg)
         return super().setup_task(cfg, **kwargs)  # type: ignore[misc]
 
@@ -100,7 +126,7 @@ class SparseTask:
         self.nm_stop |= sum(float(output.get("nm_stop", 0)) for output in logging_outputs) > 0
 
     def post_save(self, path: str, num_updates: int) -> None:
-        """fairseq calls this after a checkpoint and its copies are written."""
+        """After a checkpoint and its copies are written: leave with status 143, if SIGTERM asked for it."""
         if self.nm_stop:
             logger.info("stopped by SIGTERM at update %d; the same command resumes from %s", num_updates, path)
             raise SystemExit(128 + signal.SIGTERM)
@@ -132,7 +158,7 @@ class SparseTask:
             return super().inference_step(generator, models, *args, **kwargs)  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
-        """Goes into checkpoints."""
+        """What fairseq keeps of a task in checkpoints: with it, digests of the dictionaries."""
         return {**super().state_dict(), DICTIONARIES: _digests(self)}  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -158,7 +184,7 @@ class NMLanguageModelingTask(SparseTask, LanguageModelingTask):
 
 
 def check_dictionaries(task: Any, state_dict: dict[str, Any]) -> None:
-    """Hold that `task`, ours or fairseq's own, has the dictionaries of the checkpoint with the ``task_state`` given.
+    """Check that `task`, ours or fairseq's own, has the dictionaries of the checkpoint with the ``task_state`` given.
 
     Raises:
         CheckpointError: if the model was trained with others.
@@ -210,14 +236,11 @@ def _check_data(config: Any) -> None:
             raise SparsityError(f'{folder} has no data in the language "{language}"; it has {there}')
 
 
+_stock_excepthook = sys.excepthook
+
+
 def _without_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     if issubclass(kind, SparsityError):
         print(f"error: {error}", file=sys.stderr)
     else:
-        _default_hook(kind, error, trace)
-
-
-# fairseq's own commands know nothing of our errors, which are made to be read without a traceback.
-_default_hook = sys.excepthook
-sys.excepthook = _without_traceback
-trainer.install()
+        _stock_excepthook(kind, error, trace)

@@ -23,13 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import sentencepiece
-from fairseq import options
-from fairseq_cli import preprocess
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.translation import corpora
+from nm_sparsity.translation.stock import options, preprocess
 
 Row = tuple[str, ...]
 """A sentence in each language: two for translation, one for a language model."""

@@ -1,37 +1,36 @@
-"""What a training run is: one frozen dataclass, and the recipes that return one."""
+"""What a training run of a Transformer is: one frozen dataclass; and the recipes, which are such dataclasses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
-from nm_sparsity.core.experiments.run import as_json
+from nm_sparsity.core.experiments.recipes import Recipes, RunConfig
+from nm_sparsity.core.experiments.run import CONFIG
 from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.options import as_options
 
 Option = str | int | float | bool
 
-CONFIG = "config.json"
-"""What `train` writes into a run folder: the config, and what came after it on the command line."""
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """One training run: a prepared corpus, a sparsity, and fairseq's own options."""
 
-    run: Path = Path("runs/translation")
-    """The run's folder: config, checkpoints, TensorBoard events, evaluation."""
+    # How long to train and how to decode are not what makes a run another one.
+    may_change = (*RunConfig.may_change, "beam", "lenpen", "fairseq", "run")
+    renamed: ClassVar[Mapping[str, str]] = {**RunConfig.renamed, "--run": "--out"}
+
     data: Path = Path("data/number-words")
     """A folder made by prepare."""
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    init_from: Path | None = None
-    """Start from the weights of another run (its folder or a checkpoint): ASP's trained dense model."""
+    resume: bool = False
+    """Refuse to start anew: there must be a run to continue. One that is there is continued in any case."""
     seed: int = 1
     """Seeds the initial weights, the order of batches and dropout."""
     beam: int = 5
@@ -43,15 +42,15 @@ class Config:
 
     @property
     def checkpoint_to_start_from(self) -> Path | None:
-        """`init_from` as a file."""
+        """The file that `init_from` stands for."""
         return None if self.init_from is None else checkpoint_of(self.init_from)
 
     def arguments(self) -> list[str]:
         """The arguments of the plain ``fairseq-train`` command that this run stands for."""
         options: dict[str, Option | object] = {
             "user-dir": USER_DIR,
-            "save-dir": self.run,
-            "tensorboard-logdir": self.run / "tensorboard",
+            "save-dir": self.folder,
+            "tensorboard-logdir": self.folder / "tensorboard",
             "seed": self.seed,
             **self.fairseq,
             **as_options(self.sparsity),
@@ -63,11 +62,6 @@ class Config:
             if value is not False:
                 words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         return words
-
-    def to_dict(self) -> dict[str, Any]:
-        """The tree as JSON types."""
-        tree: dict[str, Any] = as_json(self)
-        return tree
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -86,7 +80,7 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def recorded(run: Path) -> dict[str, Any]:
-    """The config in a run folder, as `Config.to_dict` gave it; empty if there is none.
+    """The config in a run folder, as `RunConfig.to_dict` gave it; empty if there is none.
 
     Raises:
         SparsityError: if it is damaged.
@@ -101,43 +95,10 @@ def recorded(run: Path) -> dict[str, Any]:
         raise SparsityError(f"{path} is not the config of a run of ours: remove it, or choose another run") from None
 
 
-def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What makes one run another than one that could be resumed, as ``name: there -> here``.
-
-    How long to train and how to decode may change.
-    """
-    before, now = (
-        {**{name: tree.get(name) for name in ("data", "seed", "init_from")}, **tree["sparsity"]}
-        for tree in (there, here)
-    )
-    return [f"{name}: {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-
-
-RECIPES: dict[str, Callable[[], Config]] = {}
+RECIPES = Recipes[Config]()
 """Every recipe by name."""
 
-
-def recipe(function: Callable[[], Config]) -> Callable[[], Config]:
-    """Decorator: a function without arguments becomes a recipe whose run folder is runs/<its name>."""
-    name = function.__name__
-
-    def named() -> Config:
-        return replace(function(), run=Path("runs") / name)
-
-    named.__doc__ = function.__doc__
-    RECIPES[name] = named
-    return named
-
-
-def get(name: str) -> Config:
-    """The config of the recipe `name`.
-
-    Raises:
-        SparsityError: for an unknown name, with the known ones.
-    """
-    if name not in RECIPES:
-        raise SparsityError(f'unknown recipe "{name}"; known recipes: {", ".join(RECIPES)}')
-    return RECIPES[name]()
+get = RECIPES.get
 
 
 DECAY = 2e-4
@@ -163,17 +124,13 @@ SMOOTHED: dict[str, Option] = {
 }
 
 
-@recipe
-def transformer_base_wmt14_2by4() -> Config:
-    """Transformer base on WMT14 English-German, 2:4 SR-STE (paper: about 27.2 BLEU, dense 27.3).
-
-    Vaswani et al. 2017, table 3: Adam 0.9/0.98, inverse square root after 4,000 steps of warm-up, 100,000 steps of
-    some 25,000 target tokens (8 GPUs or ``--update-freq`` parts of 4,096; one GPU is assumed), label smoothing 0.1.
-
-    The paper does not tell its lambda for translation: see `DECAY`. The learning rates here sum to 24, so that
-    lambda * sum(lr) is 0.005.
-    """
-    return Config(
+# Vaswani et al. 2017, table 3: Adam 0.9/0.98, inverse square root after 4,000 steps of warm-up, 100,000 steps of some
+# 25,000 target tokens (8 GPUs or --update-freq parts of 4,096; one GPU is assumed), label smoothing 0.1. The paper does
+# not tell its lambda for translation: see `DECAY`. The learning rates here sum to 24: lambda * sum(lr) is 0.005.
+_base = RECIPES.add(
+    "transformer_base_wmt14_2to4",
+    "Transformer base on WMT14 English-German, 2:4 sr-ste (paper: about 27.2 BLEU, dense 27.3)",
+    Config(
         data=Path("data/wmt14"),
         sparsity=SparsityConfig(decay=DECAY),
         beam=4,
@@ -191,13 +148,13 @@ def transformer_base_wmt14_2by4() -> Config:
             "keep-last-epochs": 5,
             "log-interval": 100,
         },
-    )
-
-
-@recipe
-def transformer_base_wmt14_dense() -> Config:
-    """Transformer base on WMT14 English-German, dense."""
-    return replace(transformer_base_wmt14_2by4(), sparsity=SparsityConfig(method="dense"))
+    ),
+)
+RECIPES.add(
+    "transformer_base_wmt14_dense",
+    "Transformer base on WMT14 English-German, dense",
+    replace(_base, sparsity=SparsityConfig(method="dense")),
+)
 
 
 def tiny(width: int, layers: int) -> dict[str, Option]:
@@ -219,43 +176,37 @@ def tiny(width: int, layers: int) -> dict[str, Option]:
     }
 
 
-@recipe
-def tiny_number_words() -> Config:
-    """A 2+2-layer Transformer on number-words, 2:4 SR-STE, in two CPU minutes."""
-    return Config(
-        data=Path("data/number-words"),
-        sparsity=SparsityConfig(decay=DECAY),
-        beam=1,
-        fairseq={**SMOOTHED, **ADAM, **tiny(128, 2), "max-update": 800},
+for _corpus, _updates, _about in (
+    ("number-words", 800, "number-words, 2:4 sr-ste, in two CPU minutes"),
+    ("libreoffice", 2000, "LibreOffice's easy sentences, 2:4 sr-ste, in a few CPU minutes"),
+):
+    RECIPES.add(
+        f"tiny_{_corpus.replace('-', '_')}",
+        f"a 2+2-layer Transformer on {_about}",
+        Config(
+            data=Path("data") / _corpus,
+            sparsity=SparsityConfig(decay=DECAY),
+            beam=1,
+            fairseq={**SMOOTHED, **ADAM, **tiny(128, 2), "max-update": _updates},
+        ),
     )
 
-
-@recipe
-def tiny_libreoffice() -> Config:
-    """A 2+2-layer Transformer on LibreOffice's easy sentences, 2:4 SR-STE, in a few CPU minutes."""
-    return Config(
-        data=Path("data/libreoffice"),
-        sparsity=SparsityConfig(decay=DECAY),
-        beam=1,
-        fairseq={**SMOOTHED, **ADAM, **tiny(128, 2), "max-update": 2000},
-    )
-
-
-@recipe
-def tiny_pydoc_topics() -> Config:
-    """A 2-layer Transformer language model on pydoc-topics, 2:4 SR-STE, in two CPU minutes."""
-    options = {name: value for name, value in tiny(128, 2).items() if not name.startswith("encoder")}
-    return Config(
+_decoder = {name: value for name, value in tiny(128, 2).items() if not name.startswith("encoder")}
+RECIPES.add(
+    "tiny_pydoc_topics",
+    "a 2-layer Transformer language model on pydoc-topics, 2:4 sr-ste, in two CPU minutes",
+    Config(
         data=Path("data/pydoc-topics"),
         sparsity=SparsityConfig(decay=DECAY),
         fairseq={
             **ADAM,
-            **options,
+            **_decoder,
             "task": "nm_language_modeling",
             "arch": "transformer_lm",
-            **{f"decoder-{end}-dim": options["decoder-embed-dim"] for end in ("input", "output")},
+            **{f"decoder-{end}-dim": _decoder["decoder-embed-dim"] for end in ("input", "output")},
             "share-decoder-input-output-embed": True,
             "tokens-per-sample": 128,
             "max-update": 600,
         },
-    )
+    ),
+)

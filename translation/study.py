@@ -28,7 +28,7 @@ from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.run import environment
 from nm_sparsity.core.table import format_table
-from nm_sparsity.translation import recipes
+from nm_sparsity.translation import PACKAGES, recipes
 from nm_sparsity.translation.evaluate import EVALUATION
 from nm_sparsity.translation.prepare import prepare_corpus
 
@@ -196,7 +196,7 @@ def write_report(study: Study) -> None:
     if not rows:
         return
     recipe = recipes.get(study.recipe)
-    where = environment()
+    where = environment(packages=PACKAGES)
     versions = ", ".join(
         f"{name} {where[name]}" for name in ("python", "torch", "ve-fairseq", "sentencepiece", "commit")
     )

@@ -1,6 +1,7 @@
-"""The three places where fairseq's Trainer must know of sparsity: writing a checkpoint, resuming from it, stopping.
+"""The four places where fairseq must know of sparsity: writing a checkpoint, copying it, resuming from it, stopping.
 
-They are replaced on the class itself, since fairseq has no hook there; runs of other tasks go fairseq's own way.
+They are replaced on fairseq's classes, since it has no hook there. Runs of other tasks and files of other programs go
+fairseq's own way.
 
 Checkpoints are sparse as they stand: ``model`` holds the masked weights under fairseq's names, so that any fairseq
 loads them with the accuracy of the sparse model. Beside it, in ``extra_state``, lies what a resume needs.
@@ -18,14 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from fairseq import utils
-from fairseq.file_io import PathManager
-from fairseq.trainer import Trainer
 
 from nm_sparsity.core import CheckpointError
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
+from nm_sparsity.translation.stock import PathManager, Trainer, utils
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +37,12 @@ _stock_save, _stock_load, _stock_step, _stock_copy = (
 EMA = "nm_sparsity_ema"
 """Beside the averaged weights in ``extra_state``: what `METADATA` is beside the weights."""
 
+_written: set[str] = set()
+"""The checkpoint files that this process wrote."""
+
 
 def install() -> None:
-    """Put the methods below in the place of fairseq's."""
+    """Put `save_checkpoint`, `load_checkpoint`, `train_step` and `copy` in the place of fairseq's."""
     Trainer.save_checkpoint = save_checkpoint
     Trainer.load_checkpoint = load_checkpoint
     Trainer.train_step = train_step
@@ -56,12 +58,14 @@ def unwrap(model: Any) -> torch.nn.Module:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint file of fairseq's, this plug-in's or not.
+    """The content of a checkpoint file of fairseq's, this plug-in's or not.
 
     Raises:
         CheckpointError: if it is missing, damaged, or of something else.
     """
-    payload = load(path)
+    # fairseq puts its options into checkpoints as they come from the command line.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        payload = load(path)
     parts = {"cfg": dict, "model": dict, "optimizer_history": list, "extra_state": dict, "task_state": dict}
     if not isinstance(payload, dict) or not all(isinstance(payload.get(name), kind) for name, kind in parts.items()):
         raise CheckpointError(f"{path} is not a checkpoint of fairseq's: it needs {', '.join(parts)}")
@@ -81,6 +85,7 @@ def save_checkpoint(self: Any, filename: str, extra_state: dict[str, Any]) -> st
         extra["ema"], extra[EMA] = split(self.ema.get_model())
     path = os.path.abspath(filename)
     save(path, plain(utils.move_to_cpu({**state, "extra_state": extra})))
+    _written.add(path)
     logger.info("Finished saving checkpoint to %s", path)
     return path
 
@@ -144,12 +149,13 @@ def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
-    """`PathManager.copy`, by which fairseq makes checkpoint_last.pt: atomic, and a hard link where the disk can.
+    """`PathManager.copy`, by which fairseq makes checkpoint_last.pt. Of a checkpoint of ours the copy is atomic, and a
+    hard link where the disk can.
 
     Raises:
         CheckpointError: if the disk is full; a file that was there before stays.
     """
-    if PathManager.path_requires_pathmanager(dst_path):
+    if os.path.abspath(src_path) not in _written or PathManager.path_requires_pathmanager(dst_path):
         return bool(_stock_copy(src_path, dst_path, overwrite))
     temporary = Path(f"{dst_path}.tmp")
     temporary.unlink(missing_ok=True)

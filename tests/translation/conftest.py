@@ -9,14 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import nm_sparsity.translation  # noqa: F401  (first: it silences what importing fairseq warns of)
-
-# isort: split
-from fairseq import checkpoint_utils
-from fairseq_cli import train as fairseq_train
-
 from nm_sparsity.translation import corpora
 from nm_sparsity.translation.prepare import prepare, unique
+from nm_sparsity.translation.stock import checkpoint_utils
+from nm_sparsity.translation.stock import train as fairseq_train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fairseq_tools import arguments, in_subprocess

@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import nm_sparsity.translation  # noqa: F401  (first: it silences what importing fairseq warns of)
-
-# isort: split
 from fairseq import checkpoint_utils, options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.trainer import Trainer

@@ -24,8 +24,9 @@ from nm_sparsity.core import CheckpointError, verify
 from nm_sparsity.core.files.checkpoint import merge
 from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import trainer as trainer_module
-from nm_sparsity.translation.average import Options, average
+from nm_sparsity.translation.average import average
 from nm_sparsity.translation.evaluate import load_run, translate
+from nm_sparsity.translation.plugin import install
 from nm_sparsity.translation.prepare import Prepared, prepare
 from nm_sparsity.translation.trainer import EMA, copy, plain
 
@@ -103,7 +104,7 @@ def test_moving_averages_are_sparse_as_they_stand_and_resume(corpus: Path, tmp_p
     trainer = make_trainer(arguments(corpus, tmp_path, "--max-update", "4", *options))
     assert equal(dict(trainer.ema.get_model().state_dict()), averaged)
     assert not equal(averaged, shadow(tmp_path / "checkpoint_last.pt"))
-    exported = average(Options((tmp_path / "checkpoint_last.pt",), tmp_path / "ema.pt", ema=True))
+    exported = average((tmp_path / "checkpoint_last.pt",), tmp_path / "ema.pt", ema=True)
     assert equal(exported["model"], dict(extra["ema"]))
 
 
@@ -114,14 +115,14 @@ def test_averaging_masks_the_average_of_the_shadow_weights(corpus: Path, tmp_pat
         paths.append(tmp_path / f"{updates}.pt")
         shutil.copy(tmp_path / "checkpoint_last.pt", paths[-1])
     one, other = map(shadow, paths)
-    result = average(Options((paths[0], paths[1]), tmp_path / "average.pt"))
+    result = average((paths[0], paths[1]), tmp_path / "average.pt")
     for name in one:
         mean = (one[name] + other[name]) / 2
         expected = masked(mean, 2, 4) if name in sparse_names(result) else mean
         torch.testing.assert_close(result["model"][name], expected, atol=1e-7, rtol=1e-6)
     assert len(verify(tmp_path / "average.pt", "2:4").checked) == 26
     with pytest.raises(CheckpointError, match="has no moving average; train with --store-ema"):
-        average(Options((paths[0],), tmp_path / "ema.pt", ema=True))
+        average((paths[0],), tmp_path / "ema.pt", ema=True)
 
 
 STOCK = """
@@ -149,7 +150,7 @@ def stock(module: str, argv: list[str], **kwargs: Any) -> str:
 def test_a_fairseq_without_this_package_translates_the_same(corpus: Path, trained: Path, tmp_path: Path) -> None:
     model, task = load_run(trained / "checkpoint_best.pt", corpus)
     ours = translate(model, task, "test", beam=2, lenpen=1.0)
-    average(Options((trained / "checkpoint_best.pt",), tmp_path / "exported.pt"))
+    average((trained / "checkpoint_best.pt",), tmp_path / "exported.pt")
     decoding = [
         "--beam",
         "2",
@@ -260,7 +261,7 @@ def test_a_checkpoint_of_another_dictionary(corpus: Path, trained: Path, tmp_pat
         dictionary = other / "bin" / f"dict.{language}.txt"
         lines = dictionary.read_text().splitlines()
         dictionary.write_text("\n".join(lines[::-1]) + "\n")
-    average(Options((trained / "checkpoint_last.pt",), tmp_path / "average.pt"))
+    average((trained / "checkpoint_last.pt",), tmp_path / "average.pt")
     for path in (trained / "checkpoint_last.pt", tmp_path / "average.pt"):
         assert load_run(path, corpus)
         with pytest.raises(CheckpointError, match="trained with another source and target dictionary"):
@@ -269,7 +270,7 @@ def test_a_checkpoint_of_another_dictionary(corpus: Path, trained: Path, tmp_pat
     payload["task_state"]["nm_dictionaries"]["source"] = "of another one"
     torch.save(payload, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match=r"other\.pt was trained with another dictionary than .*last\.pt"):
-        average(Options((trained / "checkpoint_last.pt", tmp_path / "other.pt"), tmp_path / "average.pt"))
+        average((trained / "checkpoint_last.pt", tmp_path / "other.pt"), tmp_path / "average.pt")
     shutil.copy(trained / "checkpoint_last.pt", tmp_path)
     with pytest.raises(CheckpointError, match="trained with another source and target dictionary"):
         make_trainer(arguments(other, tmp_path))
@@ -310,6 +311,7 @@ def test_copies_of_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatc
     source, target = tmp_path / "best.pt", tmp_path / "last.pt"
     source.write_bytes(b"new" * 10_000)
     target.write_bytes(b"old")
+    monkeypatch.setattr(trainer_module, "_written", {str(source)})
 
     def no_link(*_: object) -> None:
         raise OSError("this disk has no hard links")
@@ -329,12 +331,15 @@ def test_copies_of_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatc
 
 
 def test_runs_of_other_tasks_are_fairseqs_own(corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:
+    install()
     fairseq(arguments(corpus, tmp_path, "--max-update", "2", task="translation"))
     payload = load(tmp_path / "checkpoint_last.pt")
     assert METADATA not in payload["extra_state"]
     assert "nm_dictionaries" not in payload["task_state"]
     make_trainer(arguments(corpus, tmp_path, "--max-update", "2", task="translation"))
     assert checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "checkpoint_last.pt"))["model"]
+    best, last = (tmp_path / f"checkpoint_{name}.pt" for name in ("best", "last"))
+    assert best.stat().st_ino != last.stat().st_ino  # a hard link would be ours
 
 
 def test_plain_values_survive_safe_loading(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import demo, recipes, study
 from nm_sparsity.translation import evaluate as module
 from nm_sparsity.translation.__main__ import USER_DIR
-from nm_sparsity.translation.average import Options as Average
 from nm_sparsity.translation.average import average
 from nm_sparsity.translation.corpora import read_lines
 from nm_sparsity.translation.evaluate import (
@@ -78,7 +77,7 @@ def test_a_run_is_scored_verified_and_finalized(corpus: Path, trained: Path, mon
 
 
 def test_an_exported_model_is_scored_too(corpus: Path, trained: Path, tmp_path: Path) -> None:
-    average(Average((trained / "checkpoint_best.pt",), tmp_path / "exported.pt"))
+    average((trained / "checkpoint_best.pt",), tmp_path / "exported.pt")
     exported = evaluate(Options(tmp_path / "exported.pt", data=corpus, beam=1))
     assert exported == evaluate(Options(trained / "checkpoint_best.pt", data=corpus, beam=1))
 
@@ -111,7 +110,7 @@ def test_what_is_no_run(
         evaluate(Options(Path("file.pt")))
     if "fairseq" in complaint:
         with pytest.raises(SparsityError, match=complaint):
-            average(Average((Path("file.pt"),), Path("average.pt")))
+            average((Path("file.pt"),), Path("average.pt"))
 
 
 def test_a_run_without_a_validation_yet(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -169,7 +168,7 @@ def test_perplexity_is_that_of_the_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Against the cross-entropy of the logits, taken block by block."""
-    config = replace(recipes.get("tiny_pydoc_topics"), data=text_corpus, run=tmp_path)
+    config = replace(recipes.get("tiny_pydoc_topics"), data=text_corpus, folder=tmp_path)
     fairseq([*config.arguments(), "--cpu", "--max-update", "3"])
     result = evaluate(Options(tmp_path))
     assert isinstance(result, Perplexity)

@@ -25,6 +25,7 @@ CONFIGS = [
     SparsityConfig(),
     SparsityConfig(pattern="1:4", method="asp", layout="kernel", remainder="error"),
     SparsityConfig(decay=0.5, include=("encoder.*", "decoder.layers.0"), exclude=("*.fc1",)),
+    SparsityConfig(hyperparameters={"decay": "0.25"}),
     SparsityConfig(method="ste", patterns={"decoder.layers": "1:4", "*.out_proj": "dense"}),
 ]
 
@@ -48,6 +49,15 @@ def test_malformed_options_are_named() -> None:
     task_config.nm_patterns = "decoder.layers"
     with pytest.raises(SparsityError, match=r'"decoder.layers" is not GLOB=PATTERN'):
         sparsity_config(task_config)
+    task_config.nm_patterns, task_config.nm_hyperparameters = None, "ramp"
+    with pytest.raises(SparsityError, match=r'"ramp" is not NAME=VALUE'):
+        sparsity_config(task_config)
+
+
+def test_commas_in_parentheses_belong_to_an_entry() -> None:
+    task_config = add_options(tasks.FairseqDataclass)()
+    task_config.nm_patterns = "a(1, 2)=1:4, b=2:4"
+    assert sparsity_config(task_config).patterns == {"a(1, 2)": "1:4", "b": "2:4"}
 
 
 def test_the_yaml_of_the_readme_is_a_pattern_and_without_quotes_a_hint() -> None:

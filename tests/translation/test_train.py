@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,8 @@ def updates(checkpoint: Path) -> int:
 @pytest.fixture(scope="module")
 def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.Config:
     """A run of our command that SIGTERM ended after some updates."""
-    config = replace(recipes.get("tiny_number_words"), data=corpus, run=tmp_path_factory.mktemp("stopped") / "run")
-    where = ["--data", str(config.data), "--run", str(config.run)]
+    config = replace(recipes.get("tiny_number_words"), data=corpus, folder=tmp_path_factory.mktemp("stopped") / "run")
+    where = ["--data", str(config.data), "--out", str(config.folder)]
     with subprocess.Popen(
         [sys.executable, "-m", "nm_sparsity.translation.train", "tiny_number_words", *where, *SMALL],
         env=environment(),
@@ -56,37 +56,40 @@ def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.C
 
 
 def test_resuming_after_sigterm_is_exact(stopped: recipes.Config, tmp_path: Path, fairseq: Fairseq) -> None:
-    shutil.copytree(stopped.run, tmp_path / "stopped")
-    done = updates(stopped.run / "checkpoint_last.pt")
+    shutil.copytree(stopped.folder, tmp_path / "stopped")
+    done = updates(stopped.folder / "checkpoint_last.pt")
     assert 3 <= done < 100
     for name in ("stopped", "straight"):
-        config = replace(stopped, run=tmp_path / name)
+        config = replace(stopped, folder=tmp_path / name)
         fairseq([*config.arguments(), *SMALL, "--max-update", str(done + 2)])
     assert equal(*(shadow(tmp_path / name / "checkpoint_last.pt") for name in ("stopped", "straight")))
 
 
 def test_a_run_records_its_config_as_data(stopped: recipes.Config) -> None:
-    written = json.loads((stopped.run / recipes.CONFIG).read_text())
+    written = json.loads((stopped.folder / recipes.CONFIG).read_text())
     assert written["config"]["sparsity"]["pattern"] == "2:4"
     assert written["fairseq"] == SMALL
     assert written["corpus"]["languages"] == ["en", "de"]
-    assert recipes.recorded(stopped.run) == stopped.to_dict()
+    assert recipes.recorded(stopped.folder) == stopped.to_dict()
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"sparsity": SparsityConfig(decay=0.02)}, r"decay: 0\.0002 -> 0\.02"),
-        ({"sparsity": SparsityConfig(method="ste")}, r"method: sr-ste -> ste; decay: 0\.0002 -> None"),
+        ({"sparsity": SparsityConfig(decay=0.02)}, r"sparsity.decay: 0\.0002 -> 0\.02"),
+        (
+            {"sparsity": SparsityConfig(method="ste")},
+            r"sparsity.method: sr-ste -> ste; sparsity.decay: 0\.0002 -> None",
+        ),
         ({"seed": 2}, "seed: 1 -> 2"),
         ({"init_from": Path(__file__)}, "init_from: None -> "),
     ],
 )
 def test_a_folder_with_another_run(stopped: recipes.Config, change: dict, named: str) -> None:
-    before = (stopped.run / recipes.CONFIG).read_text()
-    with pytest.raises(SparsityError, match=rf"holds another run \({named}.*choose another folder with --run"):
+    before = (stopped.folder / recipes.CONFIG).read_text()
+    with pytest.raises(SparsityError, match=rf"holds another run \({named}.*choose another folder with --out"):
         train.train(replace(stopped, **change))
-    assert (stopped.run / recipes.CONFIG).read_text() == before
+    assert (stopped.folder / recipes.CONFIG).read_text() == before
 
 
 def test_fairseqs_own_command_resumes_no_other_method(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -112,39 +115,64 @@ def test_a_recipe_is_a_command_line_that_fairseq_takes(name: str) -> None:
     assert cfg.common.seed == 7
     assert cfg.dataset.required_batch_size_multiple == 1
     assert cfg.checkpoint.save_dir == f"runs/{name}"
-    assert (recipes.RECIPES[name].__doc__ or "").strip()
     if "tiny" in name:  # fairseq's language models keep 512 at both ends unless told
         widths = {key: value for key, value in vars(args).items() if key.startswith("decoder_") and "put_dim" in key}
         assert set(widths.values()) == {128}
 
 
 def test_the_paper_setting_is_vaswanis_base() -> None:
-    fairseq = recipes.get("transformer_base_wmt14_2by4").fairseq
+    fairseq = recipes.get("transformer_base_wmt14_2to4").fairseq
     assert (fairseq["adam-betas"], fairseq["warmup-updates"], fairseq["label-smoothing"]) == ("(0.9, 0.98)", 4000, 0.1)
     # The sum of learning rates that the recipe's lambda is chosen by.
     total = 7e-4 * (sum(t / 4000 for t in range(4000)) + sum((4000 / t) ** 0.5 for t in range(4000, 100_000)))
     assert total == pytest.approx(24, abs=0.5)
 
 
-def test_overrides_on_the_command_line() -> None:
-    config, more = train.from_command_line(
-        ["tiny_number_words", "--sparsity.method", "ste", "--sparsity.pattern", "1:4", "--max-update", "7", "--cpu"]
+def from_command_line(*arguments: str) -> tuple[recipes.Config, list[str]]:
+    return recipes.RECIPES.from_command_line(arguments, "train", "fairseq-train's options")
+
+
+def test_overrides_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    config, more = from_command_line(
+        "tiny_number_words", "--method", "ste", "--pattern", "1:4", "--max-update", "7", "--cpu"
     )
     assert (config.sparsity.method, config.sparsity.pattern, config.sparsity.decay) == ("ste", "1:4", None)
     assert more == ["--max-update", "7", "--cpu"]
     with pytest.raises(SparsityError, match="unknown recipe"):
-        train.from_command_line(["tiny_numbers"])
+        from_command_line("tiny_numbers")
+    assert not capsys.readouterr().err
+    old, _ = from_command_line("tiny_number_words", "--run", "a", "--sparsity.method=ste", "--sparsity.pattern", "1:4")
+    assert old == replace(config, folder=Path("a"))
+    assert "--run is called --out now" in capsys.readouterr().err
+
+
+def test_print_config_shows_the_run_without_training(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train.main(["tiny_number_words", "--beam", "3", "--print-config"])
+    assert stop.value.code == 0
+    expected = replace(recipes.get("tiny_number_words"), beam=3)
+    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+
+
+def test_our_options_take_none_of_fairseqs() -> None:
+    ours = {"--out", "--resume", "--init-from", "--data", "--beam", "--lenpen"}
+    ours |= {f"--{field.name}" for field in fields(SparsityConfig)}
+    theirs = set(options.get_training_parser()._option_string_actions)
+    assert "--max-update" in theirs
+    assert not ours & theirs
 
 
 def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
     asp = SparsityConfig(method="asp")
     with pytest.raises(SparsityError, match="not a prepared corpus"):
-        train.train(recipes.Config(data=tmp_path, run=tmp_path / "run"))
+        train.train(recipes.Config(data=tmp_path, folder=tmp_path / "run"))
     with pytest.raises(SparsityError, match="ASP prunes a trained dense model: name its run with --init-from"):
-        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp))
+        train.train(recipes.Config(data=corpus, folder=tmp_path / "run", sparsity=asp))
     with pytest.raises(SparsityError, match="there is no checkpoint"):
-        train.train(recipes.Config(data=corpus, run=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt"))
+        train.train(recipes.Config(data=corpus, folder=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt"))
+    with pytest.raises(CheckpointError, match=r"cannot resume: .* holds no checkpoint_last\.pt; leave --resume out"):
+        train.train(recipes.Config(data=corpus, folder=tmp_path / "run", resume=True))
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(SparsityError, match=r"cannot make the folder .*file: File exists"):
-        train.train(recipes.Config(data=corpus, run=tmp_path / "file"))
+    with pytest.raises(SparsityError, match=r"cannot write to the folder .*file: File exists"):
+        train.train(recipes.Config(data=corpus, folder=tmp_path / "file"))

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("core", "classification", "detection", "translation", "benchmarks")
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
     *(page for f in FOLDERS if (page := ROOT / f / "README.md").exists()),
 ]
@@ -77,6 +78,7 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "page",
     [p for p in PAGES if blocks(p, "python") and str(p.relative_to(ROOT)) not in PAGES_NOT_RUN],
@@ -93,13 +95,21 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+@pytest.mark.process
 def test_every_name_in_the_documentation_and_in_docstrings_exists() -> None:
-    pages = [*PAGES, ROOT / "CONTRIBUTING.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    pages = [*PAGES, *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
     names = {n for page in pages for n in re.findall(r"\bnm_sparsity(?:[.:]\w+)+", page.read_text(encoding="utf-8"))}
     names.remove("nm_sparsity.packed")  # a key of packed files
     # In a process of its own: it imports everything, fairseq and MMDetection as well.
     run = subprocess.run([sys.executable, "-c", RESOLVE, *sorted(names)], capture_output=True, text=True, check=True)
     assert not run.stdout, f"these names do not exist:\n{run.stdout}"
+
+
+def test_links_within_the_repository_lead_somewhere() -> None:
+    pages = [*PAGES, *ROOT.glob("*/results/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text("utf-8"))]
+    assert len(links) > 50
+    assert not [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()]
 
 
 def test_there_are_commands_and_no_stale_exceptions() -> None:
@@ -108,6 +118,7 @@ def test_there_are_commands_and_no_stale_exceptions() -> None:
     assert not set(NOT_RUN) - written
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("page", "command"), [c for c in dict.fromkeys(commands()) if c[1] not in NOT_RUN])
 def test_commands_run(page: str, command: str, tmp_path: Path) -> None:
     words = shlex.split(command)

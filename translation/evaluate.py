@@ -1,8 +1,8 @@
 """Score a run on its test set: ``python -m nm_sparsity.translation.evaluate RUN``.
 
 Translation: detokenized BLEU and chrF by sacreBLEU with their signatures, BLEU by sentence length, sample translations.
-Language model: perplexity. Of a sparse run the pattern is verified, and the finalized dense model with zeros must give
-the very same output. Everything also goes to ``RUN/evaluation.json``.
+Language model: perplexity. Of a sparse run the pattern is verified, and the finalized dense model with zeros, in
+``RUN/finalized.pt`` for any fairseq, must give the very same output. Everything also goes to ``RUN/evaluation.json``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import random
 import re
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,12 +23,14 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from torch import nn
 
-from nm_sparsity.core import SparsityError, VerificationError, finalize, frozen, verify
+from nm_sparsity.core import SparsityError, frozen, verify
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.run import write_json
+from nm_sparsity.core.experiments.finalize import Score, finalize_and_check
+from nm_sparsity.core.experiments.run import FINALIZED, write_json
 from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.table import format_table
+from nm_sparsity.translation.average import average
 from nm_sparsity.translation.corpora import read_lines
 from nm_sparsity.translation.plugin import check_dictionaries, install
 from nm_sparsity.translation.prepare import Prepared, check_separate
@@ -95,14 +97,16 @@ class Perplexity:
     pieces: int
 
 
-def load_run(checkpoint: Path, data: Path) -> tuple[Any, Any]:
+def load_run(checkpoint: Path, data: Path, payload: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Model and task of a checkpoint with the prepared folder `data`, in eval mode, on the GPU if there is one.
+
+    `payload` is what `read` gave of the file, where it was read already.
 
     Raises:
         CheckpointError: if the file is damaged, or of another dictionary than `data`.
     """
     install()  # also for a checkpoint of fairseq's own tasks
-    state = read(checkpoint)["task_state"]
+    state = (payload or read(checkpoint))["task_state"]
     models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], {"data": str(data / "bin")})
     check_dictionaries(task, state)
     model = models[0]
@@ -183,7 +187,7 @@ def perplexity(model: nn.Module, task: Any, subset: str, text: list[str]) -> Per
 
 
 def evaluate(options: Options) -> Translated | Perplexity:
-    """Score, verify and finalize; writes ``evaluation.json`` into a run folder.
+    """Score, verify and finalize; a run folder gets ``evaluation.json`` and, if sparse, ``finalized.pt``.
 
     Raises:
         SparsityError: if the data or the checkpoint does not fit, or test sentences are in the training text.
@@ -194,7 +198,7 @@ def evaluate(options: Options) -> Translated | Perplexity:
     entry = payload["extra_state"].get(METADATA)
     sparse = entry is not None and bool(Metadata.from_dict(entry, checkpoint).layers)
     if sparse or options.pattern:
-        verify(checkpoint, options.pattern)
+        verify(payload, options.pattern)
     folder = options.data or Path(payload["cfg"]["task"]["data"]).parent
     if not folder.is_dir():
         raise SparsityError(
@@ -202,15 +206,14 @@ def evaluate(options: Options) -> Translated | Perplexity:
             "with --data"
         )
     prepared = Prepared.read(folder)
-    model, task = load_run(checkpoint, folder)
+    model, task = load_run(checkpoint, folder, payload)
     check_separate(folder, prepared.languages)
     decoding = _decoding(options, checkpoint.parent) if len(prepared.languages) == 2 else {}
     texts = [read_lines(folder / f"{options.subset}.{language}") for language in prepared.languages]
 
-    def run() -> tuple[object, Translated | Perplexity]:
+    def scores(model: nn.Module) -> Score:
         if len(texts) == 1:
-            result = perplexity(model, task, options.subset, texts[0])
-            return result, result
+            return asdict(perplexity(model, task, options.subset, texts[0]))
         sources, references = texts
         hypotheses = translate(model, task, options.subset, **decoding)
         if len(hypotheses) != len(references):
@@ -221,16 +224,19 @@ def evaluate(options: Options) -> Translated | Perplexity:
         scored = score(sources, hypotheses, references, compounds=prepared.corpus == "wmt14")
         for i in random.Random(0).sample(range(len(sources)), min(options.samples, len(sources))):
             scored.samples.append({"source": sources[i], "translation": hypotheses[i], "reference": references[i]})
-        return hypotheses, scored
+        return {"translations": hypotheses, **asdict(scored)}
 
-    output, result = run()
-    if any(True for _ in sparse_layers(model)):  # not in an exported model, which is dense with zeros already
-        finalize(model)
-        if run()[0] != output:
-            raise VerificationError(
-                "the finalized model does not give the output of the sparse one: please report this"
-            )
-        verify(model, options.pattern)
+    def reload(end: nn.Module) -> nn.Module:
+        if not options.run.is_dir():
+            return end
+        average((checkpoint,), options.run / FINALIZED)
+        exported: nn.Module = load_run(options.run / FINALIZED, folder)[0]
+        return exported
+
+    trainable = any(True for _ in sparse_layers(model))  # unlike an exported one, which is dense with zeros already
+    found = dict(finalize_and_check(model, scores, reload=reload).score if trainable else scores(model))
+    found.pop("translations", None)
+    result = Translated(**found) if decoding else Perplexity(**found)
     if options.run.is_dir():
         how = {"subset": options.subset, **decoding, "verified": sparse}
         write_json(options.run / EVALUATION, {**asdict(result), **how})

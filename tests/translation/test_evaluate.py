@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import torch
 from fairseq_tools import arguments, environment, in_subprocess
 from torch.nn import functional as F
 
-from nm_sparsity.core import SparsityError, VerificationError
+from nm_sparsity.core import SparsityError, VerificationError, verify
+from nm_sparsity.core.experiments.conduct import conduct
 from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import demo, recipes, study
 from nm_sparsity.translation import evaluate as module
@@ -33,6 +35,7 @@ from nm_sparsity.translation.evaluate import (
     score,
     show,
 )
+from nm_sparsity.translation.trainer import read
 
 Fairseq = Callable[[list[str]], None]
 
@@ -61,19 +64,39 @@ def test_compounds_are_split_on_both_sides() -> None:
     assert scored.bleu == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25, rel=1e-6)
 
 
-def test_a_run_is_scored_verified_and_finalized(corpus: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finalized = []
-    monkeypatch.setattr(module, "finalize", lambda model: finalized.append(model) or original(model))
-    original = __import__("nm_sparsity.core", fromlist=["finalize"]).finalize
-    result = evaluate(Options(trained, data=corpus, beam=2, samples=3))
+def test_a_run_is_scored_verified_and_finalized(corpus: Path, trained: Path, tmp_path: Path) -> None:
+    """The finalized file is of fairseq's own task, holds the masked weights, and translates the same."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    result = evaluate(Options(run, data=corpus, beam=2, samples=3))
     assert isinstance(result, Translated)
-    assert finalized
-    written = json.loads((trained / EVALUATION).read_text())
+    written = json.loads((run / EVALUATION).read_text())
     assert written["bleu"] == result.bleu
     assert written["verified"] is True
     assert written["sentences"] == 20
     assert len(result.samples) == 3
     assert "BLEU" in show(result)
+    finalized = read(run / "finalized.pt")
+    assert finalized["cfg"]["task"]["_name"] == "translation"
+    assert len(verify(run / "finalized.pt", "2:4").checked) == 26
+    for name, weight in read(run / "checkpoint_best.pt")["model"].items():
+        assert torch.equal(finalized["model"][name], weight)
+    assert evaluate(Options(run / "finalized.pt", data=corpus, beam=2, samples=3)) == result
+
+
+def test_a_finalized_model_that_translates_differently_is_refused(
+    corpus: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one exported from another checkpoint, by mistake."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.copy(run / "checkpoint_best.pt", tmp_path / "other.pt")
+    payload = torch.load(tmp_path / "other.pt", weights_only=True)
+    for name, weight in payload["model"].items():
+        if name.startswith("decoder.layers"):
+            weight.mul_(-1)
+    torch.save(payload, tmp_path / "other.pt")
+    monkeypatch.setattr(module, "average", lambda _, out: average((tmp_path / "other.pt",), out))
+    with pytest.raises(VerificationError, match=r"finalize changed translations from \["):
+        evaluate(Options(run, data=corpus, beam=1))
 
 
 def test_an_exported_model_is_scored_too(corpus: Path, trained: Path, tmp_path: Path) -> None:
@@ -191,50 +214,52 @@ def test_perplexity_is_that_of_the_model(
     assert result.bits_per_character == pytest.approx(total / 0.6931471805599453 / characters, rel=1e-4)
 
 
+SHORT = ("--log-interval=2", "--encoder-layers=1", "--decoder-layers=1")
+
+
 def test_a_study_is_done_once(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Through the commands, with ASP's start from the dense run; a second call trains nothing."""
     shutil.copytree(corpus, tmp_path / "data" / "number-words")
     monkeypatch.chdir(tmp_path)
-    short = study.Study(
-        recipe="tiny_number_words",
-        folder=Path("runs/study"),
-        methods=("dense", "asp"),
-        patterns=("2:4",),
-        seeds=1,
-        fairseq=("--max-update", "4", "--log-interval", "2", "--encoder-layers", "1", "--decoder-layers", "1"),
-    )
-    assert [run.name for run in study.runs(short)] == ["dense-seed1", "asp-2by4-seed1"]
-    rows = study.conduct(short)
-    assert [(row["method"], row["verified"]) for row in rows] == [("dense", False), ("asp", True)]
-    config = json.loads((tmp_path / "runs/study/asp-2by4-seed1/config.json").read_text())
-    assert config["config"]["init_from"] == "runs/study/dense-seed1"
-    table = torch.load(tmp_path / "runs/study/asp-2by4-seed1/checkpoint_last.pt", weights_only=True)["extra_state"][
-        METADATA
-    ]
-    assert table["method"] == "asp"
-    assert all(path.stat().st_size > 5000 for path in study.plot(short))
-    assert "2 of 2 runs" in (tmp_path / "runs/study/report.md").read_text()
-    monkeypatch.setattr(study, "_lines", None)
-    assert study.conduct(short) == rows
+    short = replace(demo.DEMO, out=Path("runs/study"), methods=("dense", "asp"), length=4, fairseq=SHORT)
     assert demo.main(short) == 0
     shown = capsys.readouterr().out
-    assert all(sample["source"] in shown for sample in rows[1]["samples"])
-    assert "sad.png" in shown
+    results = [json.loads((short.out / name / EVALUATION).read_text()) for name in ("dense-seed1", "asp-2to4-seed1")]
+    assert [result["verified"] for result in results] == [False, True]
+    assert all(sample["source"] in shown for sample in results[1]["samples"])
+    rows = [line.split() for line in shown.splitlines() if line.startswith(("dense ", "asp "))]
+    assert [row[2:-5] for row in rows] == [["4"], ["4", "+", "2"]]
+    assert [row[-3:] for row in rows] == [[f"{r[n]:.1f}" for n in ("bleu", "chrf", "exact")] for r in results]
+    config = json.loads((short.out / "asp-2to4-seed1" / "config.json").read_text())
+    assert config["config"]["init_from"] == "runs/study/dense-seed1"
+    checkpoint = torch.load(short.out / "asp-2to4-seed1" / "checkpoint_last.pt", weights_only=True)
+    assert checkpoint["extra_state"][METADATA]["method"] == "asp"
+    assert len(verify(short.out / "finalized.pt", "2:4").checked) == 16
+    assert all((short.out / plot.file).stat().st_size > 5000 for plot in short.plots)
+    assert "2 of 2 runs" in (short.out / "report.md").read_text()
+    # Against what fairseq prints, to three digits.
+    losses = re.findall(
+        r"'valid' subset .*?\| nll_loss ([\d.]+)", (short.out / "dense-seed1" / "train.log").read_text()
+    )
+    assert short.validation(short.out / "dense-seed1") == pytest.approx(-min(map(float, losses)), abs=1e-3)
+    before = [path.stat().st_mtime_ns for path in sorted(short.out.glob(f"*/{EVALUATION}"))]
+    assert demo.main(short) == 0
+    assert [path.stat().st_mtime_ns for path in sorted(short.out.glob(f"*/{EVALUATION}"))] == before
 
 
-def test_a_study_compares_translations() -> None:
+def test_a_study_compares_translations(tmp_path: Path) -> None:
     with pytest.raises(SparsityError, match="tiny_pydoc_topics is a language model; a study compares translations"):
-        study.conduct(study.Study(recipe="tiny_pydoc_topics"))
+        conduct(study.TranslationStudy(recipe="tiny_pydoc_topics", out=tmp_path))
 
 
 def test_a_run_that_fails_shows_its_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(corpus, tmp_path / "data" / "number-words")
     monkeypatch.chdir(tmp_path)
-    wrong = study.Study(recipe="tiny_number_words", methods=("dense",), seeds=1, fairseq=("--fp16",))
-    with pytest.raises(SparsityError, match=r"(?s)ended with status 1:.*error: --fp16 trains a copy of the weights"):
-        study.conduct(wrong)
+    wrong = replace(demo.DEMO, methods=("dense",), fairseq=("--fp16",))
+    with pytest.raises(SparsityError, match=r"(?s) failed; the end of .*error: --fp16 trains a copy of the weights"):
+        conduct(wrong)
 
 
 def test_a_users_mistake_ends_without_a_traceback(corpus: Path, tmp_path: Path) -> None:

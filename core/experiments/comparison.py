@@ -61,40 +61,32 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     return mean(differences), half
 
 
-def _differences_table(study: Study, rows: Sequence[Row]) -> str:
+def _seeds_table(study: Study, rows: Sequence[Row]) -> str:
+    """The score of each seed, and the paired differences to dense and to the reference at the same pattern."""
     score = study.columns[0]
     by_seed = {
         (row.method, row.pattern): {s: v for s, r in row.results.items() if (v := score.value(r)) is not None}
         for row in rows
     }
 
-    def cell(key: tuple[str, str], other: tuple[str, str]) -> str:
-        ours, theirs = by_seed[key], by_seed.get(other, {})
-        if key == other or not ours.keys() & theirs.keys():
+    def minus(ours: Mapping[int, float], other: tuple[str, str]) -> str:
+        theirs = by_seed.get(other, {})
+        if theirs is ours or not ours.keys() & theirs.keys():
             return "-"
         middle, half = paired_difference(ours, theirs)
         low_and_high = () if half is None else (middle - half, middle + half)
         numbers = [f"{number:+.{score.digits}f}" for number in (middle, *low_and_high)]
         return f"{numbers[0]} ({' .. '.join(numbers[1:]) or 'one pair'})"
 
+    headers = ["method", "pattern", *map(str, study.seeds), "minus dense", f"minus {study.reference}"]
     cells = [
-        (method, pattern, cell((method, pattern), ("dense", "")), cell((method, pattern), (study.reference, pattern)))
-        for method, pattern in by_seed
-        if pattern
+        [
+            *(method, pattern or "-"),
+            *(f"{ours[seed]:.{score.digits}f}" if seed in ours else "-" for seed in study.seeds),
+            *(minus(ours, ("dense", "")), minus(ours, (study.reference, pattern))),
+        ]
+        for (method, pattern), ours in by_seed.items()
     ]
-    return format_table(("method", "pattern", "minus dense", f"minus {study.reference}"), cells, markdown=True)
-
-
-def _seeds_table(study: Study, rows: Sequence[Row]) -> str:
-    cells = [
-        (
-            row.method,
-            row.pattern or "-",
-            *(study.columns[0].cell([row.results[s]] if s in row.results else []) for s in study.seeds),
-        )
-        for row in rows
-    ]
-    headers = ("method", "pattern", *(f"seed {seed}" for seed in study.seeds))
     return format_table(headers, cells, markdown=True)
 
 
@@ -104,51 +96,34 @@ def write_report(study: Study, choices: Choices) -> list[Row]:
     Versions and hardware are what the runs recorded, wherever the report is written.
     """
     rows = read_rows(study, choices)
-    finished = [(run, row.results[seed]) for row in rows for seed, run in row.runs.items()]
-    environments = {run.name: read_json(study.out / run.name / ENVIRONMENT) for run, _ in finished}
-    write_json(
-        study.out / "results.json",
+    runs = [
         {
-            "study": asdict(study),
-            "choice of lambda": [
-                {"method": method, "pattern": pattern, **asdict(choice)}
-                for (method, pattern), choice in choices.items()
-            ],
-            "runs": [
-                {
-                    **asdict(run),
-                    "commands": study.commands(run),
-                    "environment": environments[run.name],
-                    "result": result,
-                }
-                for run, result in finished
-            ],
-        },
-    )
-    if not rows:
-        return rows
-    score = study.columns[0].header
-    text = [
-        f"# {study.title}: {len(finished)} of {len(study.runs(choices))} runs\n",
-        results_table(study, rows, markdown=True),
-        "",
-        f"Means ± sample standard deviations over seeds. {study.unit.capitalize()} of a method that starts from the "
-        "dense run of its seed are that run's and its own.",
-        *study.notes([result for _, result in finished]),
-        *(_about_choice(study, *key, choice) for key, choice in choices.items()),
-        "",
-        f"Paired differences of {score} over seeds, with 95% intervals (Student's t):\n",
-        _differences_table(study, rows),
-        "",
-        f"{score} of each seed:\n",
-        _seeds_table(study, rows),
-        "",
-        *(f"![{plot.y}]({plot.file})\n" for plot in study.plots),
-        *_about_environments(list(environments.values())),
-        "The command of every run is in `results.json`, with everything that it measured.",
-        "",
+            **asdict(run),
+            "commands": study.commands(run),
+            "environment": read_json(study.out / run.name / ENVIRONMENT),
+            "result": row.results[seed],
+        }
+        for row in rows
+        for seed, run in row.runs.items()
     ]
-    (study.out / "report.md").write_text("\n".join(text), encoding="utf-8")
+    chosen = [{"method": key[0], "pattern": key[1], **asdict(choice)} for key, choice in choices.items()]
+    write_json(study.out / "results.json", {"study": asdict(study), "choice of lambda": chosen, "runs": runs})
+    if runs:
+        text = [
+            f"# {study.title}: {len(runs)} of {len(study.runs(choices))} runs\n",
+            results_table(study, rows, markdown=True),
+            f"\nMeans ± sample standard deviations over seeds. {study.unit.capitalize()} of a method that starts from "
+            "the dense run of its seed are that run's and its own.",
+            *study.notes([run["result"] for run in runs]),
+            *(_about_choice(study, *key, choice) for key, choice in choices.items()),
+            f"\n{study.columns[0].header} by seed; paired differences with 95% intervals (Student's t):\n",
+            _seeds_table(study, rows),
+            "",
+            *(f"![{plot.y}]({plot.file})\n" for plot in study.plots),
+            _about_environments([run["environment"] for run in runs]),
+            "The command of every run is in `results.json`, with everything that it measured.\n",
+        ]
+        (study.out / "report.md").write_text("\n".join(text), encoding="utf-8")
     return rows
 
 
@@ -160,32 +135,30 @@ def _about_choice(study: Study, method: str, pattern: str, choice: Choice) -> st
     return text + "."
 
 
-def _about_environments(places: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the runs recorded of where they ran; several values where they differ."""
-    apart = {"command", "time", "seed", "threads", "cuda", "commit", "gpu", "cpu", "cpu_cores", "os"}
+def _about_environments(places: Sequence[Mapping[str, Any]]) -> str:
+    """Where runs ran, as they recorded it; several values where they differ."""
 
     def values(key: str) -> str:
         return ", ".join(sorted({str(place.get(key) or "none") for place in places}))
 
-    versions = ", ".join(
-        f"{key} {values(key)}" for key in dict.fromkeys(k for p in places for k in p) if key not in apart
-    )
-    hardware = f"{values('cpu')}, {values('cpu_cores')} cores, GPU {values('gpu')}"
+    apart = ("command", "time", "seed", "threads", "cuda", "commit", "gpu", "cpu", "cpu_cores", "os")
+    packages = dict.fromkeys(key for place in places for key in place if key not in apart)
+    versions = ", ".join(f"{package} {values(package)}" for package in packages)
     begun = min(place["time"] for place in places)
-    return [f"{versions}; {hardware}; commit {values('commit')}; begun {begun}."]
+    hardware = f"{values('cpu')}, {values('cpu_cores')} cores, GPU {values('gpu')}"
+    return f"{versions}; {hardware}; commit {values('commit')}; begun {begun}."
 
 
 def draw(study: Study, rows: Sequence[Row]) -> None:
     """Write the study's pictures into its folder."""
     for plot in study.plots:
-        panels = []
+        panels = {}
         for pattern in study.patterns or ("",):
             curves = {
-                row.method: [plot.curve(study.out / run.name) for run in row.runs.values()]
+                row.method: [curve for run in row.runs.values() if (curve := plot.curve(study.out / run.name))]
                 for row in rows
                 if row.pattern in ("", pattern)
             }
             title = f"{study.title} {pattern}, {len(study.seeds)} seeds"
-            drawn = {method: [curve for curve in found if curve] for method, found in curves.items() if any(found)}
-            panels.append(plots.Panel(title, plot.x, plot.y, drawn, plot.linear_below))
-        plots.draw(study.out / plot.file, panels)
+            panels[title] = {method: found for method, found in curves.items() if found}
+        plots.draw(study.out / plot.file, panels, plot.x, plot.y, plot.linear_below)

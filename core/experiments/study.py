@@ -84,7 +84,7 @@ class Plot:
     curve: Callable[[Path], Curve]
     """Reads the curve from a run's folder; empty where it has none."""
     linear_below: float | None = None
-    """As in `plots.Panel`."""
+    """As in `plots.draw`."""
 
 
 @dataclass(frozen=True)

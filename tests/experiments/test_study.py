@@ -160,10 +160,10 @@ def test_the_report_compares_seed_by_seed(toy: Toy) -> None:
     """STE minus dense is -10, -9, -10: mean -9.667, sample deviation 0.577, t = 4.303, half width 1.434."""
     conduct(replace(toy, methods=("dense", "ste", "asp")))
     table = cells((toy.out / "report.md").read_text())
-    assert ["ste", "2:4", "-9.7 (-11.1 .. -8.2)", "-"] in table
+    assert ["dense", "-", "90.0", "92.0", "94.0", "-", "-"] in table
+    assert ["ste", "2:4", "80.0", "83.0", "84.0", "-9.7 (-11.1 .. -8.2)", "-"] in table
     # ASP minus STE is 8, 7, 8; ASP minus dense always -2.
-    assert ["asp", "2:4", "-2.0 (-2.0 .. -2.0)", "+7.7 (+6.2 .. +9.1)"] in table
-    assert ["asp", "2:4", "88.0", "90.0", "92.0"] in table
+    assert ["asp", "2:4", "88.0", "90.0", "92.0", "-2.0 (-2.0 .. -2.0)", "+7.7 (+6.2 .. +9.1)"] in table
     assert "9 results." in (toy.out / "report.md").read_text()
     assert (toy.out / "curves.png").stat().st_size > 5000
 

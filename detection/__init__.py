@@ -1,22 +1,24 @@
-"""N:M sparse training as an MMDetection plug-in: ``custom_imports = dict(imports=["nm_sparsity.detection"])``.
-
-Importing it registers `NMSparseHook` and, where mmcv has no compiled operators, puts torchvision's in their place.
+"""N:M sparse detection and instance segmentation: MMDetection's detectors, through `nm_sparsity.detection.plugin`.
 
 Raises:
-    ImportError: naming the packages of the ``detection`` extra that are missing, and the install line.
+    ImportError: to ``python -m nm_sparsity.detection...``, naming the packages of the ``detection`` extra that are
+        missing, and the install line.
 """
 
+import sys
 from importlib.util import find_spec
+
+PACKAGES = (
+    *("torchvision", "pycocotools", "onedl-mmengine", "onedl-mmcv", "onedl-mmdetection"),
+    *("mmengine", "mmcv", "mmcv-lite", "mmdet"),
+)
+"""Distributions whose versions a run records, beside core's: the forks of OpenMMLab's packages, or the originals."""
 
 _NEEDED = ("matplotlib", "mmcv", "mmdet", "mmengine", "pycocotools", "sklearn", "torchvision", "tqdm", "tyro")
 
-if _missing := [name for name in _NEEDED if find_spec(name) is None]:
-    # With the package's name, `python -m nm_sparsity.detection...` prints one line and no traceback.
+# Python sets argv[0] to "-m" while it looks for the module that `python -m` names. An error of this package's import
+# is one line then, without a traceback.
+if sys.argv[:1] == ["-m"] and (_missing := [name for name in _NEEDED if find_spec(name) is None]):
     raise ImportError(
         f"{', '.join(_missing)} not installed; run: MMCV_WITH_OPS=0 pip install 'nm-sparsity[detection]'", name=__name__
     )
-else:
-    from nm_sparsity.detection import ops
-
-    ops.install()
-    from nm_sparsity.detection.hooks import NMSparseHook as NMSparseHook

@@ -17,6 +17,9 @@ from nm_sparsity.detection.hooks import mappings
 
 FOLDER = Path(__file__).parent / "configs"
 
+PLUGIN = "nm_sparsity.detection.plugin"
+"""What a sparse config imports."""
+
 _LOADERS = ("train", "val", "test")
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?e[-+]?\d+", re.IGNORECASE)
@@ -29,7 +32,7 @@ def names() -> list[str]:
 
 
 def read(name: str, overrides: Sequence[str] = ()) -> Any:
-    """The ``mmengine.Config`` called `name`: one of `names`, a file, or ``mmdet::folder/file.py``.
+    """Read the ``mmengine.Config`` called `name`: one of `names`, a file, or ``mmdet::folder/file.py``.
 
     Args:
         overrides: ``key.of.entry=value``; values are YAML.
@@ -37,6 +40,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         SparsityError: for an unknown name, a config that cannot be read or overridden, or one of MMDetection 2.
     """
+    import nm_sparsity.detection.plugin  # noqa: F401, I001  before mmdet, which binds mmcv's operators
     import mmdet  # noqa: F401  registers mmdet's scope
     from mmengine.config import Config
 
@@ -187,8 +191,8 @@ def kind_of(part: Any) -> str:
 def set_sparsity(config: Any, sparsity: SparsityConfig | None) -> None:
     """Make `config` sparse as given, or dense with ``None``; any NMSparseHook in it is replaced."""
     imports = config.get("custom_imports") or {"imports": []}
-    if "nm_sparsity.detection" not in imports["imports"]:
-        imports["imports"] = [*imports["imports"], "nm_sparsity.detection"]
+    if PLUGIN not in imports["imports"]:
+        imports["imports"] = [*imports["imports"], PLUGIN]
     config.custom_imports = imports
     ours = hooks_of(config)
     hooks = [hook for hook in config.get("custom_hooks") or [] if hook not in ours]

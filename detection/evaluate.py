@@ -34,6 +34,7 @@ from nm_sparsity.core.experiments.run import FINALIZED, environment, write_json
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.core.table import format_table
+from nm_sparsity.detection import PACKAGES
 from nm_sparsity.detection import config as configs
 
 NUMBERS = (
@@ -111,6 +112,7 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
         SparsityError: for a folder that is no run, a pattern that does not hold, or a finalized model that scores
             differently.
     """
+    import nm_sparsity.detection.plugin  # noqa: F401, I001  before mmdet, which binds mmcv's operators
     from mmdet.apis import init_detector
     from mmdet.registry import MODELS
     from mmengine.device import get_device
@@ -157,7 +159,7 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
     else:
         result |= scores(model)
     result["detections"] = len(detections)
-    result["environment"] = environment(config.get("randomness", {}).get("seed"))
+    result["environment"] = environment(config.get("randomness", {}).get("seed"), PACKAGES)
     write_json(run / "evaluation.json", result)
     shown = [dataset.get_data_info(index) for index in range(min(pictures, len(dataset)))]
     if shown:

@@ -42,7 +42,7 @@ _HISTORY: list[Any] = [
 
 
 def load_safely(path: str | Path) -> Any:
-    """`nm_sparsity.core.files.io.load` that also takes what MMEngine writes without `NMSparseHook`."""
+    """Load a file as `nm_sparsity.core.files.io.load` does, also one that MMEngine wrote without `NMSparseHook`."""
     with torch.serialization.safe_globals(_HISTORY):
         return load(path)
 
@@ -53,6 +53,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "exclude": _GLOBS,
     "patterns": (Mapping, 'globs and their patterns, e.g. {"backbone.*": "1:4"}'),
     "decay": ((int, float), "a number"),
+    "hyperparameters": (Mapping, 'names and values, e.g. {"ramp": 1000}'),
     "interval": (int, "a number of iterations"),
 }
 """Types of the hook's options; those not named here are text."""
@@ -65,7 +66,8 @@ class NMSparseHook(Hook):  # type: ignore[misc]
     Args:
         interval: iterations between measurements of the flip rate; 0 is never.
         per_layer: log the SAD of every layer too.
-        sparsity: the fields of `SparsityConfig`: pattern, method, decay, layout, include, exclude, patterns, remainder.
+        sparsity: the fields of `SparsityConfig`: pattern, method, decay, hyperparameters, layout, include, exclude,
+            patterns, remainder.
 
     Raises:
         SparsityError: for an unknown field, or one out of range.
@@ -88,7 +90,7 @@ class NMSparseHook(Hook):  # type: ignore[misc]
                 raise SparsityError(f"NMSparseHook: {name} is {value!r}, expected {expected}")
         if interval < 0:
             raise SparsityError(f"NMSparseHook: interval is {interval}, expected 0 (never measure) or more iterations")
-        for name, plain in (("include", tuple), ("exclude", tuple), ("patterns", dict)):
+        for name, plain in (("include", tuple), ("exclude", tuple), ("patterns", dict), ("hyperparameters", dict)):
             if name in given:
                 given[name] = plain(given[name])
         self.config = SparsityConfig(**given)

@@ -8,6 +8,7 @@ Where mmcv has its own operators, they are used and nothing is registered.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
@@ -20,6 +21,8 @@ import torchvision
 from torch import Tensor
 
 from nm_sparsity.core.errors import SparsityError
+
+logger = logging.getLogger(__name__)
 
 _FORK = any(distributions(name="onedl-mmcv"))
 BUILD_HINT = (
@@ -143,9 +146,9 @@ class _StandIn(ModuleType):
 
 
 def install() -> bool:
-    """Register the stand-in unless mmcv has its own operators. Returns whether torchvision's stand in.
+    """Register the stand-in unless mmcv has its own operators, and say so. Returns whether torchvision's stand in.
 
-    Call before ``mmcv.ops`` is imported; importing `nm_sparsity.detection` does.
+    Call before ``mmcv.ops`` is imported; importing `nm_sparsity.detection.plugin` does.
     """
     import mmcv
 
@@ -166,4 +169,5 @@ def install() -> bool:
         for operator in operators:
             setattr(module, operator.__name__, operator)
         sys.modules[name] = mmcv._ext = module
+        logger.warning("mmcv has no compiled operators: torchvision's NMS, RoIAlign and focal loss stand in")
     return isinstance(sys.modules.get(name), _StandIn)

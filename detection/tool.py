@@ -1,7 +1,7 @@
 """MMDetection's own scripts: ``python -m nm_sparsity.detection.tool {train,test,...} ARGUMENTS``.
 
 They import ``mmcv.ops`` before they read a config, whose ``custom_imports`` then come too late to put operators in the
-place of missing compiled ones. Here this package is imported first.
+place of missing compiled ones. Here the plug-in is imported first.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not script.is_file():
         known = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.py"))
         raise SparsityError(f'MMDetection has no script "{name}"; it has {", ".join(known)}')
+    import nm_sparsity.detection.plugin  # noqa: F401
+
     sys.argv = [str(script), *rest]
     sys.path.insert(0, str(script.parent))  # as Python does for a script
     runpy.run_path(str(script), run_name="__main__")

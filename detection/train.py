@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,8 +19,9 @@ import tyro
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.run import environment, write_json
+from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
 from nm_sparsity.core.files.metadata import find_parts
+from nm_sparsity.detection import PACKAGES
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, load_safely
 
@@ -51,8 +53,8 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
         config.visualizer.vis_backends = [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}]
     runner = _build(config)
     if is_main_process():
-        write_json(out / "config.json", config.to_dict())
-        write_json(out / "environment.json", environment(seed))
+        write_json(out / CONFIG, config.to_dict())
+        write_json(out / ENVIRONMENT, environment(seed, PACKAGES))
     try:
         runner.train()
     except Exception as error:
@@ -109,7 +111,7 @@ def _build(config: Any) -> Any:
 
 @command_line
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point."""
+    """Train what `arguments`, by default the command line's, say."""
     tyro.cli(train, args=arguments, description=__doc__)
 
 
@@ -121,6 +123,7 @@ def train(
     pattern: str | None = None,
     method: str | None = None,
     decay: float | None = None,
+    hyperparameters: Mapping[str, str] | None = None,
     out: Path | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -136,6 +139,7 @@ def train(
         pattern: N:M; with it or --method the config becomes sparse that way.
         method: dense, ste, sr-ste (default) or asp.
         decay: SR-STE's lambda.
+        hyperparameters: the method's other hyperparameters, by name.
         out: the run folder; default runs/CONFIG.
         seed: of initialisation and shuffling.
         resume: go on from the last checkpoint in the run folder.
@@ -145,7 +149,7 @@ def train(
     loaded = configs.read(config, overrides)
     if data is not None:
         configs.set_data(loaded, data)
-    given: dict[str, Any] = {"pattern": pattern, "method": method, "decay": decay}
+    given: dict[str, Any] = {"pattern": pattern, "method": method, "decay": decay, "hyperparameters": hyperparameters}
     if sparsity := {key: value for key, value in given.items() if value is not None}:
         configs.set_sparsity(loaded, SparsityConfig(**sparsity))
     if print_config:

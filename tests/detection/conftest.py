@@ -13,7 +13,7 @@ pytest.importorskip("mmdet")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what OpenMMLab's packages warn of when they are first imported
-    import nm_sparsity.detection  # noqa: F401, I001  before mmdet: it stands in for mmcv's compiled operators
+    import nm_sparsity.detection.plugin  # noqa: F401, I001  before mmdet: it stands in for mmcv's compiled operators
     import mmdet.apis
     import mmdet.engine
     import mmdet.visualization  # noqa: F401

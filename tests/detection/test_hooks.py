@@ -340,3 +340,12 @@ def test_none_is_the_default() -> None:
 def test_unmatched_globs_are_refused(make_config: Make, run: Make) -> None:
     with pytest.raises(SparsityError, match="bakcbone"):
         run(make_config(include=("bakcbone.*",)))
+
+
+def test_every_hyperparameter_reaches_the_method() -> None:
+    hook = NMSparseHook(method="sr-ste", hyperparameters={"decay": "0.25"})
+    assert hook.config.make_method().hyperparameters() == {"decay": 0.25}
+    with pytest.raises(SparsityError, match='"sr-ste" has no hyperparameter "ramp"'):
+        NMSparseHook(hyperparameters={"ramp": 3})
+    with pytest.raises(SparsityError, match="hyperparameters is 3, expected names and values"):
+        NMSparseHook(hyperparameters=3)

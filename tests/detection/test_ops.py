@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import nm_sparsity.detection  # noqa: F401  registers the stand-in
+import nm_sparsity.detection.plugin  # noqa: F401  registers the stand-in
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.detection import ops
 
@@ -150,6 +151,13 @@ def test_focal_loss_equals_its_formula_and_gradient(weighted: bool, device: str)
 
 
 stand_in_only = pytest.mark.skipif(not ops.install(), reason="mmcv has its own compiled operators")
+
+
+@stand_in_only
+def test_one_line_says_that_the_stand_in_is_used() -> None:
+    code = "import nm_sparsity.detection.plugin"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("torchvision's NMS, RoIAlign and focal loss stand in") == 1
 
 
 @stand_in_only

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nm_sparsity.benchmarks import inference, models, report, timing
 from nm_sparsity.core import SparsityError, verify
-from nm_sparsity.core.deploy import convert
+from nm_sparsity.core.deploy.convert import to_semi_structured
 from nm_sparsity.core.deploy.onnx import to_onnx
+from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
@@ -29,26 +28,8 @@ from nm_sparsity.core.files.packed import load_packed, save_packed
 from nm_sparsity.core.table import format_table
 
 
-def build(name: str, arguments: Sequence[Any] = ()) -> nn.Module:
-    """One of the benchmark models or torchvision's, or what ``package.module:function`` returns for `arguments`.
-
-    Raises:
-        SparsityError: if there is no such model.
-    """
-    module, _, function = name.partition(":")
-    if not function:
-        return models.workload(name).build()
-    try:
-        model = getattr(importlib.import_module(module), function)(*arguments)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise SparsityError(f'cannot build "{name}": {error}') from error
-    if not isinstance(model, nn.Module):
-        raise SparsityError(f'"{name}" returned {type(model).__name__}, expected a torch.nn.Module')
-    return model
-
-
 def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds: int) -> list[tuple[str, str]]:
-    """(step, outcome) of every step, writing the packed and the ONNX file into `out`."""
+    """Do every step, writing the packed and the ONNX file into `out`; returns (step, outcome) of each."""
     steps = [("verify", str(verify(checkpoint)).splitlines()[-1])]
     packed = save_packed(out / f"{checkpoint.stem}.safetensors", checkpoint)
     state, _ = find_parts(load(checkpoint), checkpoint)
@@ -78,7 +59,7 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
     sparse = copy.deepcopy(dense)
     features = 1 if not x.is_floating_point() else x.shape[1 if x.dim() == 4 else -1]
     try:
-        done = convert.to_semi_structured(sparse, tokens=x.numel() // features)
+        done = to_semi_structured(sparse, tokens=x.numel() // features)
     except SparsityError as error:
         return [*steps, ("compress and time", f"not run: {error}")]
     calls = {"dense": inference.model_call(dense, [x]), "2:4": inference.model_call(sparse, [x])}
@@ -92,7 +73,7 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Take a checkpoint through all steps from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a finalized checkpoint of ours")
     parser.add_argument("--model", required=True, help="package.module:function, or the name of a benchmark model")
@@ -111,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--input takes a shape such as 64,3,32,32, --args a JSON list, --vocabulary a number above 0: {error}"
         ) from error
     out = report.writable(args.out)
-    steps = accelerate(args.checkpoint, build(args.model, arguments), x, out, args.rounds)
+    named = ":" in args.model
+    model = user_model.build(args.model, arguments) if named else models.workload(args.model).build()
+    steps = accelerate(args.checkpoint, model, x, out, args.rounds)
     print(format_table(["step", "outcome"], steps))
 
 

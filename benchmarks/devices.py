@@ -38,10 +38,10 @@ class Device:
         return self.capability >= (8, 0)
 
     def check(self, dtype: str) -> None:
-        """Whether there are tensor cores for `dtype`, one of `DTYPES`.
+        """Check that the device has tensor cores for `dtype`, one of `DTYPES`.
 
         Raises:
-            SparsityError: if the type is unknown, or the device has none for it.
+            SparsityError: if the type is unknown, or the device has no tensor cores for it.
         """
         if dtype not in DTYPES:
             raise SparsityError(f'unknown dtype "{dtype}"; known: {", ".join(DTYPES)}')
@@ -96,7 +96,7 @@ _NAMES = (  # (in torch.cuda.get_device_name, our name); the first match counts
 )
 
 COMPRESSED = {2: 9 / 16, 1: 5 / 8}
-"""Bytes of a compressed 2:4 weight over those of the dense one, by bytes an entry: half the values, 2 bits of each."""
+"""Bytes of a compressed 2:4 weight over the dense one's, by bytes per entry: half the values, and 2 bits for each."""
 
 
 def find(name: str) -> Device:
@@ -110,13 +110,13 @@ def find(name: str) -> Device:
     return DEVICES[name.lower()]
 
 
-def present() -> Device | None:
-    """The GPU of this machine, if there is one that `DEVICES` knows."""
-    return recognise(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+def present(device: torch.device) -> Device | None:
+    """The data sheet of a device of this machine, if it is a GPU that `DEVICES` knows."""
+    return recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def recognise(marketing_name: str) -> Device | None:
-    """The device that calls itself so, if `DEVICES` knows it."""
+    """The device with this name of torch's, such as "NVIDIA H100 PCIe", if `DEVICES` knows it."""
     return next((DEVICES[name] for regex, name in _NAMES if re.search(regex, marketing_name)), None)
 
 

@@ -1,6 +1,6 @@
 """The cost of the N:M mask: our kernels against the ways people use, over the weights of whole models.
 
-`python -m nm_sparsity.benchmarks.masks`. Every row gives nanoseconds a weight, the ratio to a copy of the weights
+`python -m nm_sparsity.benchmarks.masks`. Every row gives nanoseconds per weight, the ratio to a copy of the weights
 (``clone``, in the same rounds), and the memory traffic, one read and one write of every weight, per second and as a
 fraction of the memory bandwidth. Memory for the result is allocated each time, as in training; on a CPU that is the
 larger part for big matrices.
@@ -27,21 +27,21 @@ SIZES = (1, 4, 16, 64, 250, 500)
 
 
 def published_mask(w: Tensor, n: int, m: int) -> Tensor:
-    """What the paper's published code does: sort every group, scatter zeros into a mask of ones."""
+    """The mask as the paper's published code makes it: sort every group, scatter zeros into a mask of ones."""
     groups = w.detach().abs().reshape(-1, m)
     drop = groups.argsort(dim=1)[:, : m - n]
     return torch.ones_like(groups).scatter_(1, drop, 0.0).reshape(w.shape)
 
 
 def topk(w: Tensor, n: int, m: int) -> Tensor:
-    """The n largest of every group by torch.topk, scattered."""
+    """`w` with the n largest of every group kept, by torch.topk and a scatter."""
     groups = w.reshape(-1, m)
     chosen = groups.abs().topk(n, dim=1, sorted=False).indices
     return torch.zeros_like(groups).scatter_(1, chosen, groups.gather(1, chosen)).reshape(w.shape)
 
 
 def kthvalue(w: Tensor, n: int, m: int) -> Tensor:
-    """A threshold for every group by torch.kthvalue; keeps too many on ties."""
+    """`w` with what exceeds a threshold of its group kept, by torch.kthvalue; on ties that is more than n."""
     groups = w.reshape(-1, m)
     magnitude = groups.abs()
     threshold = magnitude.kthvalue(m - n, dim=1, keepdim=True).values
@@ -58,7 +58,7 @@ ALTERNATIVES: dict[str, Masking] = {
 
 
 DECAY = "ours, decay"
-"""``g += lambda * (w - w_masked)``: what SR-STE does besides, once a step. Gradients are read and written, too."""
+"""``g += lambda * (w - w_masked)``: what SR-STE does besides, once per step. Gradients are read and written, too."""
 
 
 def measure(
@@ -115,7 +115,7 @@ def measure(
 
 
 def check(result: Result, device: torch.device) -> None:
-    """The contract, on `device` against the pure-torch reference on the CPU, bit by bit: one row a dtype.
+    """Check the kernels of `device` against the pure-torch reference on the CPU, bit by bit: one row for each dtype.
 
     Raises:
         SparsityError: if anything differs: measuring a wrong kernel says nothing.
@@ -155,10 +155,10 @@ def _differing_bits(a: Tensor, b: Tensor) -> int:
 
 
 def run(result: Result, device: torch.device, quick: bool, rounds: int = 7) -> None:
-    """The whole benchmark."""
+    """Check the kernels, then measure all weights, patterns and alternatives into `result`."""
     rounds = 3 if quick else rounds
     check(result, device)
-    known = devices.present() if device.type == "cuda" else None
+    known = devices.present(device)
     bandwidth = known.bandwidth * 1e12 if known else timing.copy_bandwidth(device)
     source = "data sheet" if known else "a copy into memory that is there"
     result.add(weights="memory bandwidth", how=source, **{"GB/s": bandwidth / 1e9, "of bandwidth": 1.0})
@@ -190,7 +190,7 @@ def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) ->
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Measure masks from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     report.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7, help="samples of each alternative (default 7)")

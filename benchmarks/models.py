@@ -129,11 +129,15 @@ def _resnet18_cifar() -> nn.Module:
     return cast(nn.Module, model)
 
 
-def compile_layers(model: nn.Module) -> None:
-    """Compile `model` in place: a Transformer layer by layer, since layers that are alike are compiled once."""
+def compile_layers(model: nn.Module, **options: Any) -> None:
+    """Compile `model` in place: a Transformer layer by layer, since layers that are alike are compiled once.
+
+    Args:
+        options: those of `torch.compile`.
+    """
     blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)]
     for module in blocks or [model]:
-        module.compile()
+        module.compile(**options)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from nm_sparsity.benchmarks import devices, models
 from nm_sparsity.benchmarks.devices import DTYPES, Device, Product
 from nm_sparsity.benchmarks.report import COMMITTED, DEFAULT_FOLDER, Result
 from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
+from nm_sparsity.core.deploy.backends import BACKENDS
 from nm_sparsity.core.deploy.convert import PATTERN, why_not_layer
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.model.flops import count_flops
@@ -38,11 +39,11 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Layer:
-    """One weight's product on a device; `obstacle` says why torch cannot run it 2:4."""
+    """One weight's product on a device; `why_not` says why torch cannot run it 2:4."""
 
     name: str
     product: Product
-    obstacle: str
+    why_not: str
     ceiling: float
     bound: str
     share: float
@@ -50,15 +51,15 @@ class Layer:
 
     @property
     def verdict(self) -> str:
-        """ "pays" or why not."""
-        if self.obstacle:
-            return f"no: {self.obstacle}"
+        """The word "pays", or why it does not."""
+        if self.why_not:
+            return f"no: {self.why_not}"
         return "pays" if self.ceiling >= WORTH else f"no: at most {self.ceiling:.2f}x"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What 2:4 can gain on a model at most."""
+    """The most that 2:4 can gain on a model, layer by layer and as a whole."""
 
     layers: tuple[Layer, ...]
     ceiling: float
@@ -107,7 +108,7 @@ def plan(
     dtype: str = "fp16",
     exclude: Sequence[str] = (),
 ) -> Plan:
-    """The plan for a model, which is run once (free on the meta device) and left as it was.
+    """Plan for a model, which is run once (free on the meta device) and left as it was.
 
     Raises:
         SparsityError: for an unknown dtype or a device without tensor cores for it.
@@ -132,7 +133,7 @@ def plan(
         why = why or ("" if NMPattern.parse(pattern).implies(PATTERN) else "the hardware runs only 2:4")
         why = why or ("" if device.sparse_tensor_cores else f"{device.name} has no sparse tensor cores")
         eligible = not why
-        why = why or why_not_layer(modules[owner], parameter, weight.shape, DTYPES[dtype], "cusparselt")
+        why = why or why_not_layer(modules[owner], parameter, weight.shape, DTYPES[dtype], BACKENDS["cusparselt"])
         found.append((weight.name, product, why, eligible))
     dense = rest + sum(product.dense_seconds(device) for _, product, _, _ in found)
     layers = tuple(
@@ -151,7 +152,7 @@ def plan(
         gained = sum(layer.share * (1 - 1 / layer.ceiling) for layer in layers if counts(layer))
         return 1 / (1 - gained)
 
-    return Plan(layers, ceiling(lambda layer: not layer.obstacle), ceiling(lambda layer: True))
+    return Plan(layers, ceiling(lambda layer: not layer.why_not), ceiling(lambda layer: True))
 
 
 def measured(device: Device, dtype: str, folders: Iterable[str | Path]) -> dict[Shape, float]:
@@ -179,13 +180,13 @@ def _shape(product: Product) -> Shape:
 
 
 def _common_name(names: Sequence[str]) -> str:
-    """The names in one, with a star for each number in which they differ."""
+    """One name for all of `names`, with a star for each number in which they differ."""
     parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
     return "".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
 
 
 def _reuse(module: nn.Module) -> float:
-    """See `Product`; what a stride skips is not read."""
+    """The `reuse` of a layer's `Product`; what a stride skips is not read."""
     if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return 1.0
     covered = math.prod(k / s for k, s in zip(module.kernel_size, module.stride, strict=True))
@@ -193,7 +194,7 @@ def _reuse(module: nn.Module) -> float:
 
 
 def for_workload(name: str, batch: int, device: Device, pattern: str = "2:4", dtype: str = "fp16") -> Plan:
-    """The plan for one of our benchmark models or a torchvision one, on the meta device.
+    """Plan for one of our benchmark models or a torchvision one, on the meta device.
 
     Raises:
         SparsityError: for an unknown name.
@@ -205,7 +206,7 @@ def for_workload(name: str, batch: int, device: Device, pattern: str = "2:4", dt
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Print the plan for a model from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help=f"{', '.join(models.WORKLOADS)}, or a torchvision model")
     parser.add_argument("--pattern", default="2:4", help="N:M (default 2:4)")

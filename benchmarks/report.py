@@ -40,12 +40,14 @@ SAVE_SECONDS = 10
 
 @dataclass
 class Result:
-    """The rows of one benchmark on one device."""
+    """The rows of one benchmark on one device, with the environment in which they were measured."""
 
     what: str
     device: str
     rows: list[Row] = field(default_factory=list)
-    environment: dict[str, Any] = field(default_factory=lambda: {**environment(), "driver": driver()})
+    environment: dict[str, Any] = field(
+        default_factory=lambda: {**environment(packages=("torchvision",)), "driver": driver()}
+    )
     folder: Path | None = field(default=None, compare=False)
     """Where `add` saves what there is, now and then, in case the process is ended from outside."""
     _saved: float = field(default_factory=time.monotonic, init=False, repr=False, compare=False)
@@ -58,7 +60,7 @@ class Result:
             self._saved = time.monotonic()
 
     def table(self, markdown: bool = False, rows: Sequence[Row] | None = None) -> str:
-        """All rows or those given, "not run: why" in the last column where it applies."""
+        """A table of all rows or of those given, "not run: why" in the last column where it applies."""
         rows = self.rows if rows is None else rows
         names = list(dict.fromkeys(key for row in rows for key in row if key != NOT_RUN))
         notes = any(NOT_RUN in row for row in rows)
@@ -71,7 +73,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """``<what>_<device>_<torch>_<date>``."""
+        """The name of its file without the suffix: ``<what>_<device>_<torch>_<date>``."""
         date = datetime.fromisoformat(self.environment["time"]).strftime("%Y-%m-%d")
         return f"{self.what}_{slug(self.device)}_{str(self.environment['torch']).partition('+')[0]}_{date}"
 
@@ -110,7 +112,7 @@ def driver() -> str | None:
 
 
 def progress(*what: object) -> None:
-    """Say on stderr what is being measured."""
+    """Print what is being measured to stderr."""
     print("...", *what, file=sys.stderr, flush=True)
 
 
@@ -125,7 +127,7 @@ def device_name(device: torch.device) -> str:
 
 
 def writable(folder: str | Path) -> Path:
-    """`folder`, made if need be.
+    """The path of `folder`, which is made if need be.
 
     Raises:
         SparsityError: if nothing can be written there; called before a measurement, not after it.
@@ -157,7 +159,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that every benchmark has."""
+    """Add the arguments that every benchmark has."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -20,33 +21,19 @@ from nm_sparsity.benchmarks.timing import Budget
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 
+Step = Callable[[Result], None]
 
-@command_line
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; exit status 1 if a benchmark failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    report.add_arguments(parser)
-    parser.add_argument("--minutes", type=float, help="of measuring; what is left then becomes rows that say so")
-    args = parser.parse_args(argv)
-    device, budget = report.set_up(args), Budget(args.minutes)
-    report.writable(args.out)
 
-    def sweep() -> Budget:
-        """A part of the time, so that enough is left for compiling whole models."""
-        return Budget(args.minutes and 0.3 * args.minutes)
+def run(steps: Mapping[str, Step], device: torch.device, out: str | Path, budget: Budget) -> list[str]:
+    """Run the benchmarks of `steps` by name, each into a result file in `out`; returns the names of those that failed.
 
-    quick, dtypes, rounds = args.quick, inference.default_dtypes(device), 3 if args.quick else 10
-    steps: dict[str, Callable[[Result], None]] = {
-        "masks": lambda result: masks.run(result, device, quick),
-        "training": lambda result: training.run(result, device, quick),
-        "products": lambda result: inference.run_products(result, device, quick, dtypes, rounds, sweep()),
-        "models": lambda result: inference.run_models(result, device, quick, rounds, budget),
-    }
+    A benchmark that fails leaves its rows so far and the reason; one that the budget has no time for, a row saying so.
+    """
     failed = []
     for name, step in steps.items():
         print(f"\n{name}", flush=True)
         try:
-            with report.saved(name, device, args.out) as result:
+            with report.saved(name, device, out) as result:
                 if budget.spent:
                     result.add(not_run="out of time")
                 else:
@@ -58,6 +45,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed.append(name)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    return failed
+
+
+@command_line
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run every benchmark from the command line; exit status 1 if one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    report.add_arguments(parser)
+    parser.add_argument("--minutes", type=float, help="of measuring; what is left then becomes rows that say so")
+    args = parser.parse_args(argv)
+    device, budget = report.set_up(args), Budget(args.minutes)
+    report.writable(args.out)
+    machine, quick, rounds = inference.Machine.of(device), args.quick, 3 if args.quick else 10
+    dtypes = inference.default_dtypes(device)
+
+    def products(result: Result) -> None:
+        """A part of the time, so that enough is left for compiling whole models."""
+        part = Budget(args.minutes and 0.3 * args.minutes)
+        inference.run_products(result, machine, quick, dtypes, rounds, part)
+
+    steps: dict[str, Step] = {
+        "masks": lambda result: masks.run(result, device, quick),
+        "training": lambda result: training.run(result, device, quick),
+        "products": products,
+        "models": lambda result: inference.run_models(result, machine, quick, rounds, budget),
+    }
+    failed = run(steps, device, args.out, budget)
     print(f"\nfailed: {', '.join(failed)}" if failed else "\nall done")
     return bool(failed)
 

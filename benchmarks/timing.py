@@ -1,11 +1,12 @@
 """How every figure is timed: alternatives in turn, round after round, so that a busy machine disturbs all alike.
 
-On CUDA by events, on the CPU by the wall clock; medians and quartiles of the rounds. Callables take a running number,
-with which they choose among inputs that together exceed the cache.
+By `seconds`, or by a clock that the caller brings; medians and quartiles of the rounds. Callables take a running
+number, with which they choose among inputs that together exceed the cache.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,12 +16,14 @@ from typing import Any
 
 import torch
 
+from nm_sparsity.core.deploy.clock import Clock, seconds
+
 Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, one sample a round."""
+    """Seconds per call, one sample of each round."""
 
     samples: tuple[float, ...]
 
@@ -49,42 +52,31 @@ def quartiles(values: list[float] | tuple[float, ...]) -> tuple[float, float]:
 
 
 def compare(
-    alternatives: Mapping[str, Call], device: torch.device, rounds: int = 20, least_seconds: float = 1e-3
+    alternatives: Mapping[str, Call],
+    device: torch.device,
+    rounds: int = 20,
+    least_seconds: float = 1e-3,
+    clock: Clock = seconds,
 ) -> dict[str, Timing]:
-    """Time each alternative once a round, as many calls in a row as take `least_seconds`."""
+    """The timings of all alternatives: one sample of each in every round, of as many calls as take `least_seconds`."""
+
+    def sample(call: Call, calls: int) -> float:
+        return clock(call, device, calls) / (call.calls if isinstance(call, CudaGraph) else 1)
+
     calls = {}
     for name, call in alternatives.items():
-        first = sample(call, device, 1)  # with first-call work: compilation, allocation, autotuning
-        once = first if first > 1000 * least_seconds else sample(call, device, 1)
+        first = sample(call, 1)  # with first-call work: compilation, allocation, autotuning
+        once = first if first > 1000 * least_seconds else sample(call, 1)
         calls[name] = min(1000, int(least_seconds / max(once, 1e-7)) + 1)
     samples: dict[str, list[float]] = {name: [] for name in alternatives}
     for _ in range(rounds):
         for name, call in alternatives.items():
-            samples[name].append(sample(call, device, calls[name]))
+            samples[name].append(sample(call, calls[name]))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-def sample(call: Call, device: torch.device, calls: int) -> float:
-    """Seconds a call, over `calls` calls in a row; a `CudaGraph` counts for the calls in it."""
-    work = calls * (call.calls if isinstance(call, CudaGraph) else 1)
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for i in range(calls):
-            call(i)
-        return (time.perf_counter() - start) / work
-    torch.cuda.synchronize(device)
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for i in range(calls):
-        call(i)
-    last.record()
-    last.synchronize()
-    seconds: float = first.elapsed_time(last) / 1e3
-    return seconds / work
-
-
 class CudaGraph:
-    """`calls` calls of a function captured as one CUDA graph, replayed by calling this.
+    """`calls` calls of a function captured as one CUDA graph, replayed by calling this; it counts for all of them.
 
     Without launches from Python between the kernels: what a small product costs on the GPU alone.
     """
@@ -107,15 +99,15 @@ class CudaGraph:
 
 
 class Budget:
-    """So many minutes, counted from now; without a number, endless."""
+    """A number of minutes, counted from now on; without a number, endless."""
 
-    def __init__(self, minutes: float | None = None) -> None:
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+    def __init__(self, minutes: float | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._end = now, math.inf if minutes is None else now() + 60 * minutes
 
     @property
     def spent(self) -> bool:
-        """Whether they are over."""
-        return self._end is not None and time.monotonic() > self._end
+        """Whether the minutes are over."""
+        return self._now() > self._end
 
 
 def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
@@ -126,11 +118,11 @@ def copies_beyond_cache(bytes_each: int, device: torch.device) -> int:
     return max(2, min(64, -(-2 * cache // max(1, bytes_each))))
 
 
-def copy_bandwidth(device: torch.device, rounds: int = 9) -> float:
+def copy_bandwidth(device: torch.device, rounds: int = 9, clock: Clock = seconds) -> float:
     """Bytes a second, read and written, of copying 256 MiB into memory that is there already: the median."""
     source = torch.ones(1 << 26, device=device)
     target = torch.empty_like(source).fill_(0)
-    copying = compare({"copy": lambda _: target.copy_(source)}, device, rounds)["copy"]
+    copying = compare({"copy": lambda _: target.copy_(source)}, device, rounds, clock=clock)["copy"]
     return 2 * source.nbytes / copying.median
 
 

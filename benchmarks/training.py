@@ -66,7 +66,7 @@ VARIANTS: dict[str, Callable[[nn.Module, Sequence[str]], object]] = {
 
 
 def step(model: nn.Module, inputs: Tensor, amp: bool) -> Callable[[int], object]:
-    """One training step of `model` on one batch, as a call to time."""
+    """A call that takes one training step of `model` on one batch, to be timed."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def call(_: int) -> None:
@@ -82,7 +82,7 @@ def step(model: nn.Module, inputs: Tensor, amp: bool) -> Callable[[int], object]
 
 
 def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rounds: int, amp: bool = False) -> None:
-    """Every variant of the model `name` on `inputs`; one row each."""
+    """Add a row to `result` for each variant of the model `name` on `inputs`."""
     setup = models.workload(name)
     report.progress(name, tuple(inputs.shape))
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rou
 
 
 def run(result: Result, device: torch.device, quick: bool, rounds: int = 9) -> None:
-    """The whole benchmark: small inputs on a CPU, those of real training on a GPU."""
+    """Measure every model into `result`: on small inputs on a CPU, on those of real training on a GPU."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
         cases = [("resnet50", (32 if quick else 256, 224)), ("language-model", (8 if quick else 32, 512))]
@@ -137,7 +137,7 @@ def run(result: Result, device: torch.device, quick: bool, rounds: int = 9) -> N
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
+    """Measure the cost of training from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     report.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=9, help="steps of each variant (default 9)")

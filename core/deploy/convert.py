@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
 from nm_sparsity.core import masks
+from nm_sparsity.core.deploy.backends import DEFAULT, Backend, choose_backend
+from nm_sparsity.core.deploy.clock import Clock, seconds
 from nm_sparsity.core.errors import SparsityError, VerificationError
 from nm_sparsity.core.model import record
 from nm_sparsity.core.model.layers import sparse_layers
@@ -21,7 +21,6 @@ from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.pattern import NMPattern, Placement
 from nm_sparsity.core.table import format_table
 
-BACKENDS = {"cusparselt": SparseSemiStructuredTensorCUSPARSELT, "cutlass": SparseSemiStructuredTensorCUTLASS}
 PATTERN = NMPattern(2, 4)
 """What sparse Tensor Cores run."""
 
@@ -71,7 +70,11 @@ class SemiStructuredConv2d(nn.Conv2d):
 
 
 def to_semi_structured(
-    model: nn.Module, backend: str = "auto", search: bool = True, tokens: int = 1024
+    model: nn.Module,
+    backend: str | Backend = "auto",
+    search: bool = True,
+    tokens: int = 1024,
+    clock: Clock = seconds,
 ) -> Acceleration:
     """Compress the 2:4 weights of the eligible layers of a finalized `model`, in place, for inference on its GPU.
 
@@ -79,9 +82,10 @@ def to_semi_structured(
     before: compressed weights cannot be loaded with ``weights_only=True``. Works under `torch.compile`.
 
     Args:
-        backend: ``"cusparselt"``, ``"cutlass"`` or ``"auto"``: the first that the GPU has.
+        backend: ``"cusparselt"``, ``"cutlass"`` or ``"auto"``: the first that the GPU has; or a backend itself.
         search: let cuSPARSELt search its fastest algorithm, and use it where it beats the default.
         tokens: the number of rows (tokens, pixels) of the input to search for.
+        clock: what times the algorithms.
 
     Returns:
         A report of every weight, with the reason for each that stays dense.
@@ -115,56 +119,20 @@ def to_semi_structured(
         bias: Any = getattr(module, "bias", None)
         key = (shape[0], shape[1], bias is not None)
         matrix = param.detach().flatten(1).contiguous()
-        weight = compress(matrix, backend)
-        if search and backend == "cusparselt":
+        weight = backend.compress(matrix)
+        if search:
             if key not in algorithms:
-                algorithms[key] = _fastest_algorithm(weight, bias, tokens)
+                algorithms[key] = _fastest_algorithm(backend, weight, bias, tokens, clock)
             weight.alg_id_cusparselt = algorithms[key]
         module.weight = nn.Parameter(weight, requires_grad=False)
         module.__class__ = SemiStructuredLinear if isinstance(module, nn.Linear) else SemiStructuredConv2d
         rows.append((name, shape, algorithms.get(key, 0), ""))
     if any(algorithm is not None for _, _, algorithm, _ in rows):
         _leave_fast_paths(model)
-    return Acceleration(backend, tuple(rows))
+    return Acceleration(backend.name, tuple(rows))
 
 
-def choose_backend(backend: str, device: torch.device) -> str:
-    """`backend` itself, or for "auto" the one to take on `device`.
-
-    Raises:
-        SparsityError: if it is unknown or the device lacks it, saying why.
-    """
-    if backend not in ("auto", *BACKENDS):
-        raise SparsityError(f'unknown backend "{backend}"; known: auto, {", ".join(BACKENDS)}')
-    reasons = {name: why_not_backend(name, device) for name in BACKENDS}
-    if backend == "auto":
-        for name, reason in reasons.items():
-            if not reason:
-                return name
-        why = "; ".join(dict.fromkeys(reasons.values()))
-        raise SparsityError(f"2:4 cannot be accelerated here: {why} (a finalized model goes there by .half().cuda())")
-    if reasons[backend]:
-        raise SparsityError(f"{backend} is not available: {reasons[backend]}")
-    return backend
-
-
-def why_not_backend(backend: str, device: torch.device) -> str:
-    """Why `backend` cannot run on `device`; empty if it can."""
-    if device.type != "cuda":
-        return f"needs an NVIDIA GPU, found {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"needs sparse Tensor Cores (compute capability 8.0 or newer), and this GPU has {major}.{minor}"
-    if backend == "cutlass" and major != 8:
-        return f"torch's CUTLASS kernels run on compute capability 8.x only, and this GPU has {major}.{minor}"
-    if backend == "cusparselt" and not torch.backends.cusparselt.is_available():
-        return "this torch was built without cuSPARSELt"
-    return ""
-
-
-def why_not_layer(
-    module: nn.Module, name: str, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, backend: str
-) -> str:
+def why_not_layer(module: nn.Module, name: str, shape: Sequence[int], dtype: torch.dtype, backend: Backend) -> str:
     """Why torch cannot run the parameter `name` of `module` as a 2:4 product; empty if it can."""
     if isinstance(module, nn.MultiheadAttention | NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention uses it outside of a layer"
@@ -178,36 +146,7 @@ def why_not_layer(
         return f"torch has no 2:4 {type(module).__name__}"
     if type(module).forward is not original or name != "weight":
         return f"{type(module).__name__} computes in its own way"
-    return why_not_matrix(shape, dtype, backend)
-
-
-def why_not_matrix(shape: torch.Size | tuple[int, ...], dtype: torch.dtype, backend: str) -> str:
-    """Why `backend` does not take a weight of this shape and dtype; empty if it does."""
-    constraints = BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS.get(dtype)
-    if constraints is None:
-        return f"{backend} has no {str(dtype).removeprefix('torch.')}"
-    rows, columns = constraints.sparse_min_rows, constraints.sparse_min_cols
-    if shape[0] % rows or shape[1] % columns:
-        return f"{backend} needs multiples of {rows} x {columns}"
-    return ""
-
-
-def compress(matrix: Tensor, backend: str) -> Any:
-    """torch's compressed tensor of a 2:4 CUDA matrix."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor", category=UserWarning)
-        weight: Any = BACKENDS[backend].from_dense(matrix)
-    weight.fuse_transpose_cusparselt = True  # up to torch 2.12 the product is a strided transpose without it
-    return weight
-
-
-def search_algorithm(
-    packed: Tensor, dense: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> tuple[int, int, int]:
-    """cuSPARSELt's fastest (algorithm, split-k, split-k mode) for ``packed @ dense`` with a transposed result."""
-    cusparselt: Any = torch._C._cusparselt
-    algorithm, split_k, mode, *_ = cusparselt.mm_search(packed, dense, bias, None, out_dtype, True)
-    return algorithm, split_k, mode
+    return backend.why_not_matrix(shape, dtype)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -217,12 +156,13 @@ def _device(model: nn.Module) -> torch.device:
     return devices.pop()
 
 
-def _check_dtypes(model: nn.Module, backend: str) -> None:
-    known = BACKENDS[backend]._DTYPE_SHAPE_CONSTRAINTS
+def _check_dtypes(model: nn.Module, backend: Backend) -> None:
     found = {param.dtype for param in model.parameters() if param.dim() > 1}
-    if found and not found & known.keys():
+    if found and not found & backend.constraints.keys():
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
-        raise SparsityError(f"{backend} has no {names}: convert the model first, with model.half() or model.bfloat16()")
+        raise SparsityError(
+            f"{backend.name} has no {names}: convert the model first, with model.half() or model.bfloat16()"
+        )
 
 
 def _why_not_2to4(name: str, param: Tensor, placement: Placement | None) -> str:
@@ -245,28 +185,16 @@ def _why_not_2to4(name: str, param: Tensor, placement: Placement | None) -> str:
     return "dense"
 
 
-def _fastest_algorithm(weight: Any, bias: Tensor | None, tokens: int) -> int:
+def _fastest_algorithm(backend: Backend, weight: Any, bias: Tensor | None, tokens: int, clock: Clock) -> int:
     rows = -(-tokens // 16) * 16  # as torch pads the input
     x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    found, *_ = search_algorithm(weight.packed, x.t(), bias)
+    default, found = DEFAULT[0], backend.search(weight, x, bias)[0]
     times = {}
-    for algorithm in {0, found}:
+    for algorithm in {default, found} if found != default else ():
         weight.alg_id_cusparselt = algorithm
-        times[algorithm] = _milliseconds(lambda: F.linear(x, weight, bias))
-    return min(times, key=lambda algorithm: times[algorithm])
-
-
-def _milliseconds(call: Callable[[], object], repeats: int = 20) -> float:
-    for _ in range(3):
-        call()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    milliseconds: float = start.elapsed_time(end) / repeats
-    return milliseconds
+        for calls in (3, 20):  # the first ones warm up
+            times[algorithm] = clock(lambda _: F.linear(x, weight, bias), x.device, calls)
+    return min(times, key=lambda algorithm: times[algorithm], default=default)
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

@@ -65,10 +65,10 @@ def test_ceilings_stay_between_one_and_two_and_need_sparse_tensor_cores() -> Non
     ],
 )
 def test_gpus_are_recognised(monkeypatch: pytest.MonkeyPatch, marketing: str, name: str | None) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: marketing)
-    found = devices.present()
+    found = devices.present(torch.device("cuda"))
     assert (found.name if found else None) == name
+    assert devices.present(torch.device("cpu")) is None
 
 
 def test_an_unknown_device_lists_the_known() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,21 +17,36 @@ from nm_sparsity.benchmarks import devices, inference, models, timing
 from nm_sparsity.benchmarks.devices import DTYPES, Product
 from nm_sparsity.benchmarks.inference import SPARSE, Unavailable
 from nm_sparsity.benchmarks.report import Result
-from nm_sparsity.core.deploy import convert
+from nm_sparsity.core.deploy.backends import Choice, CuSparseLt, Cutlass
 
 CPU = torch.device("cpu")
 
 
-def fake_compress(w: Tensor, backend: str) -> Any:
-    """What torch's compression gives, without values."""
-    rows, columns = w.shape
-    if backend == "cutlass":
-        per_entry, kind = (32, torch.int32) if w.dtype == torch.int8 else (16, torch.int16)
-        meta = torch.empty(rows, columns // per_entry, dtype=kind, device=w.device)
-        return SparseSemiStructuredTensorCUTLASS(w.shape, w[:, : columns // 2], meta, None, None, None)
-    share = 9 / 16 if w.element_size() == 2 else 5 / 8
-    packed = torch.empty(rows, int(columns * share), dtype=w.dtype, device=w.device)
-    return SparseSemiStructuredTensorCUSPARSELT(w.shape, packed, None, None, None, None)
+class FakeLt(CuSparseLt):
+    """cuSPARSELt on a GPU that is not there: weights without values, whose shapes and dtypes torch checks."""
+
+    def why_not_device(self, device: torch.device) -> str:
+        return ""
+
+    def compress(self, matrix: Tensor) -> Any:
+        share = 9 / 16 if matrix.element_size() == 2 else 5 / 8
+        packed = matrix.new_empty(len(matrix), int(matrix.shape[1] * share))
+        return SparseSemiStructuredTensorCUSPARSELT(matrix.shape, packed, None, None, None, None)
+
+    def search(self, weight: Any, x: Tensor, bias: Any = None, out_dtype: Any = None) -> Choice:
+        return 3, 2, 1
+
+
+class FakeCutlass(Cutlass):
+    """CUTLASS likewise."""
+
+    def why_not_device(self, device: torch.device) -> str:
+        return ""
+
+    def compress(self, matrix: Tensor) -> Any:
+        per_entry, kind = (32, torch.int32) if matrix.dtype == torch.int8 else (16, torch.int16)
+        meta = torch.empty(len(matrix), matrix.shape[1] // per_entry, dtype=kind, device=matrix.device)
+        return SparseSemiStructuredTensorCUTLASS(matrix.shape, matrix[:, ::2], meta, None, None, None)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
@@ -39,21 +55,21 @@ def fake_compress(w: Tensor, backend: str) -> Any:
 def test_every_way_fits_the_kernels_of_torch(monkeypatch: pytest.MonkeyPatch, dtype: str, tokens: int) -> None:
     """Fake CUDA tensors run torch's own shape and dtype checks of the very calls that a GPU would get."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(convert, "why_not_backend", lambda backend, device: "")
-    monkeypatch.setattr(convert, "compress", fake_compress)
-    monkeypatch.setattr(convert, "search_algorithm", lambda *args, **options: (3, 2, 1))
+    backends = {"cusparselt": FakeLt(), "cutlass": FakeCutlass()}
     outputs = {}
     with FakeTensorMode():
         x = torch.empty(tokens, 256, device="cuda", dtype=DTYPES[dtype])
         w = torch.empty(512, 256, device="cuda", dtype=DTYPES[dtype])
         for how in ("dense", *SPARSE):
             try:
-                call, _ = inference.dense([x], [w]) if how == "dense" else inference.sparse(how, [x], [w])
+                call, size = inference.dense([x], [w]) if how == "dense" else inference.sparse(how, [x], [w], backends)
             except Unavailable as reason:
                 outputs[how] = str(reason)
                 continue
             y: Any = call(0)
             outputs[how] = f"{tuple(y.shape)} {y.dtype}"
+            if "cusparselt" in how:
+                assert size == w.nbytes * (9 / 16 if w.element_size() == 2 else 5 / 8)
     kind = {"int8": torch.int32, "fp8": torch.bfloat16}.get(dtype, DTYPES[dtype])
     expected = dict.fromkeys(outputs, f"({tokens}, 512) {kind}")
     if dtype == "fp8":
@@ -61,124 +77,122 @@ def test_every_way_fits_the_kernels_of_torch(monkeypatch: pytest.MonkeyPatch, dt
     assert outputs == expected
 
 
-@pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor:UserWarning")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_on_a_pretended_h100_rows_have_ceilings_and_graphs(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
-    """The whole GPU path on fake CUDA tensors; only the clock and the comparison of values are replaced."""
+class Packed(Tensor):
+    """A weight with the attribute that torch's compressed tensors have."""
 
-    class Graph(timing.CudaGraph):
-        def __init__(self, call: timing.Call, calls: int) -> None:
-            self.calls, self.call = calls, call
+    packed: Tensor
 
-        def __call__(self, i: int) -> None:
-            self.call(i)
 
-    def sample(call: timing.Call, device: torch.device, calls: int) -> float:
+class EmulatedLt(CuSparseLt):
+    """cuSPARSELt on the CPU: a "compressed" weight is the masked weight itself; keeps the choice of each product."""
+
+    constraints: Any = dict.fromkeys(
+        (torch.float32, torch.bfloat16), SimpleNamespace(sparse_min_rows=1, sparse_min_cols=1)
+    )
+
+    def __init__(self) -> None:
+        self.choices: list[Choice] = []
+
+    def why_not_device(self, device: torch.device) -> str:
+        return ""
+
+    def compress(self, matrix: Tensor) -> Any:
+        weight = matrix.clone().as_subclass(Packed)
+        weight.packed = matrix
+        return weight
+
+    def search(self, weight: Any, x: Tensor, bias: Any = None, out_dtype: Any = None) -> Choice:
+        return 3, 2, 1
+
+    def product(self, weight: Any, x: Tensor, out_dtype: Any = None, choice: Choice = (0, 1, -1)) -> Tensor:
+        self.choices.append(choice)
+        return (x.float() @ weight.packed.float().t()).to(out_dtype or x.dtype)
+
+
+class Refusing(EmulatedLt):
+    def product(self, weight: Any, x: Tensor, out_dtype: Any = None, choice: Choice = (0, 1, -1)) -> Tensor:
+        raise RuntimeError("CUDA error: operation not supported\nlong trace")
+
+
+class Replay(timing.CudaGraph):
+    """A graph that calls its function once when it is replayed."""
+
+    def __init__(self, call: timing.Call, calls: int) -> None:
+        self.calls, self.call = calls, call
+
+    def __call__(self, i: int) -> None:
+        self.call(i)
+
+
+def machine(backend: CuSparseLt, **options: Any) -> inference.Machine:
+    return inference.Machine(CPU, None, {"cusparselt": backend, "cutlass": Cutlass()}, **options)
+
+
+def rows_of(result: Result) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["how"], row["launch"]): row for row in result.rows}
+
+
+def test_a_product_has_a_row_for_every_way() -> None:
+    backend, result = EmulatedLt(), Result("products", "cpu")
+    inference.measure_product(result, "layer", Product(20, 64, 128), "bf16", machine(backend), rounds=2)
+    rows = rows_of(result)
+    assert [how for how, _ in rows] == ["dense", "cusparselt", "cusparselt, searched", "cutlass"]
+    assert rows["cutlass", "eager"]["not_run"] == "needs an NVIDIA GPU, found cpu"
+    for how in ("dense", "cusparselt", "cusparselt, searched"):
+        assert 0 < rows[how, "eager"]["error"] < 0.01
+        assert rows[how, "eager"]["us"] > 0
+    assert rows["dense", "eager"]["speedup"] is None
+    assert rows["cusparselt", "eager"]["speedup"] > 0
+    assert set(backend.choices) == {(3, 2, 1)}
+
+
+def test_speed_ups_are_over_dense_with_the_same_launch_and_beside_the_ceiling() -> None:
+    """By hand: 2:4 takes 3/4 of dense's time from Python, 2/3 of it in a graph."""
+
+    def clock(call: timing.Call, device: torch.device, calls: int) -> float:
         call(0)
-        return 1e-5 if isinstance(call, Graph) else 4e-5
+        of_all = next(took)
+        return of_all * call.calls if isinstance(call, Replay) else of_all
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    monkeypatch.setattr(convert, "compress", fake_compress)
-    monkeypatch.setattr(convert, "search_algorithm", lambda *args, **options: (3, 2, 1))
-    monkeypatch.setattr(inference, "CudaGraph", Graph)
-    monkeypatch.setattr(inference, "relative_error", lambda found, reference: 0.0)
-    monkeypatch.setattr(timing, "sample", sample)
-    monkeypatch.setattr(timing, "copies_beyond_cache", lambda size, device: 2)
-    monkeypatch.setattr(devices, "present", lambda: devices.find("h100"))
-    result, product = Result("products", "h100"), Product(4096, 4096, 4096, DTYPES[dtype].itemsize)
-    with FakeTensorMode():
-        inference.measure_product(result, "layer", product, dtype, torch.device("cuda"), rounds=3)
-    rows = {(row["how"], row["launch"]): row for row in result.rows}
-    assert "8.x only, and this GPU has 9.0" in rows["cutlass", "eager"]["not_run"]
+    times = {"dense": (40e-6, 15e-6), "cusparselt": (30e-6, 10e-6), "cusparselt, searched": (30e-6, 10e-6)}
+    once = [seconds for pair in times.values() for seconds in pair]
+    took = iter([seconds for seconds in once for _ in range(2)] + once * 3)  # two warm-ups each, then three rounds
+    result, product = Result("products", "h100"), Product(4096, 4096, 4096)
+    h100 = replace(machine(EmulatedLt(), clock=clock, graph=Replay), known=devices.find("h100"))
+    inference.measure_product(result, "layer", replace(product, tokens=16), "bf16", h100, rounds=3)
+    rows = rows_of(result)
+    ceiling = replace(product, tokens=16).ceiling(devices.find("h100"))
     for how in ("cusparselt", "cusparselt, searched"):
-        for launch, us in (("eager", 40.0), ("graph", 10.0)):
+        for launch, us, speedup in (("eager", 30.0, 4 / 3), ("graph", 10.0, 1.5)):
             row = rows[how, launch]
             assert row["us"] == pytest.approx(us)
-            assert (row["speedup"], row["ceiling"], row["gain"]) == (1.0, 2.0, 0.0)
-            share = 9 / 16 if DTYPES[dtype].itemsize == 2 else 5 / 8
-            assert row["weight_MB"] == pytest.approx(share * rows["dense", launch]["weight_MB"])
-    assert rows["dense", "graph"]["us"] == pytest.approx(10.0)
+            assert row["speedup"] == pytest.approx(speedup)
+            assert row["ceiling"] == ceiling
+            assert row["gain"] == pytest.approx((speedup - 1) / (ceiling - 1))
+    assert rows["dense", "graph"]["us"] == pytest.approx(15.0)
     assert len(rows) == 7
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """cuSPARSELt on the CPU: "compressed" is the masked weight itself; keeps the options of each product."""
-    products: list[dict[str, Any]] = []
-
-    def cslt_sparse_mm(packed: Tensor, dense: Tensor, **options: Any) -> Tensor:
-        known = {argument.name for argument in torch.ops.aten._cslt_sparse_mm.default._schema.arguments}
-        assert set(options) <= known
-        products.append(options)
-        y = (packed.float() @ dense.float()).to(options.get("out_dtype") or dense.dtype)
-        return y.t() if options["transpose_result"] else y
-
-    def unavailable(backend: str, device: torch.device) -> str:
-        return "" if backend == "cusparselt" else "no CUTLASS in this test"
-
-    class Packed(Tensor):
-        """A weight with the attribute that torch's compressed tensors have."""
-
-    def compress(w: Tensor, backend: str) -> Tensor:
-        packed = w.clone()
-        packed.packed = packed  # type: ignore[attr-defined]
-        return packed
-
-    monkeypatch.setattr(convert, "why_not_backend", unavailable)
-    monkeypatch.setattr(convert, "compress", compress)
-    monkeypatch.setattr(convert, "search_algorithm", lambda *args, **options: (3, 2, 1))
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", cslt_sparse_mm)
-    return products
-
-
-def test_a_product_has_a_row_for_every_way(emulated: list[dict[str, Any]]) -> None:
+def test_a_kernel_that_refuses_a_shape_is_a_row_not_a_crash() -> None:
     result = Result("products", "cpu")
-    inference.measure_product(result, "layer", Product(20, 64, 128), "bf16", CPU, rounds=2)
-    rows = {row["how"]: row for row in result.rows}
-    assert list(rows) == ["dense", "cusparselt", "cusparselt, searched", "cutlass"]
-    assert rows["cutlass"]["not_run"] == "no CUTLASS in this test"
-    for how in ("dense", "cusparselt", "cusparselt, searched"):
-        assert 0 < rows[how]["error"] < 0.01
-        assert rows[how]["us"] > 0
-    assert rows["dense"]["speedup"] is None
-    assert rows["cusparselt"]["speedup"] > 0
-    searched = [options for options in emulated if options["alg_id"] == 3]
-    assert searched
-    assert all((options["split_k"], options["split_k_mode"]) == (2, 1) for options in searched)
+    inference.measure_product(result, "layer", Product(20, 64, 128), "bf16", machine(Refusing()), rounds=1)
+    rows = rows_of(result)
+    assert rows["cusparselt, searched", "eager"]["not_run"] == "CUDA error: operation not supported"
+    assert rows["cusparselt", "eager"]["speedup"] > 0
 
 
-def test_a_kernel_that_refuses_a_shape_is_a_row_not_a_crash(
-    emulated: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: Any, **options: Any) -> Tensor:
-        raise RuntimeError("CUDA error: operation not supported\nlong trace")
-
-    monkeypatch.setattr(torch, "_cslt_sparse_mm", refuse)
-    result = Result("products", "cpu")
-    inference.measure_product(result, "layer", Product(20, 64, 128), "bf16", CPU, rounds=1)
-    rows = {row["how"]: row for row in result.rows}
-    assert rows["cusparselt, searched"]["not_run"] == "CUDA error: operation not supported"
-    assert rows["cusparselt"]["speedup"] > 0
-
-
-def test_a_model_has_a_row_for_every_way(emulated: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    setup = models.Workload(lambda: models.TextEncoder(1, 64, 2, 128, 32), (6,), 32)
-    monkeypatch.setattr(models, "WORKLOADS", {"tiny": setup})
-    monkeypatch.setattr(convert, "_fastest_algorithm", lambda weight, bias, tokens: 3)
-    monkeypatch.setattr(convert, "_check_dtypes", lambda model, backend: None)
-    monkeypatch.setattr(
-        convert, "why_not_layer", lambda module, *args: "" if isinstance(module, torch.nn.Linear) else "no"
-    )
-    monkeypatch.setattr(models, "compile_layers", lambda model: None)
+def test_a_model_has_a_row_for_every_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = models.Workload(lambda: models.TextEncoder(1, 64, 2, 128, 32), (6,), 32)
+    monkeypatch.setitem(models.WORKLOADS, "tiny", tiny)
     result = Result("models", "cpu")
-    inference.measure_model(result, "tiny", 2, CPU, 2, timing.Budget())
-    rows = {(row["how"], row["launch"]): row for row in result.rows}
+    with torch.compiler.set_stance("force_eager"):
+        inference.measure_model(result, "tiny", 2, machine(EmulatedLt()), 2, timing.Budget())
+    rows = rows_of(result)
     assert set(rows) == {
         *((how, launch) for how in ("dense", *inference.SPARSE[1:]) for launch in ("eager", "compiled")),
         ("cutlass", "eager"),
     }
-    assert rows["cutlass", "eager"]["not_run"] == "cutlass is not available: no CUTLASS in this test"
+    assert rows["cutlass", "eager"]["not_run"] == "cutlass is not available: needs an NVIDIA GPU, found cpu"
     for key in (("cusparselt", "eager"), ("cusparselt, searched", "compiled")):
         assert rows[key]["sparse_layers"] == 5
         assert rows[key]["error"] < 1e-5
@@ -197,33 +211,29 @@ def test_layers_that_are_alike_are_compiled_once() -> None:
     tokens = torch.randint(12, (2, 4))
     call = inference.model_call(model, [tokens])
     expected = call(0)
-    with pytest.MonkeyPatch.context() as patch:
-        real = torch.compile
-        patch.setattr(torch, "compile", lambda target, **options: real(target, backend=backend))
-        models.compile_layers(model)
-    assert torch.equal(inference._launched(call, "eager", 1)(0), expected)
+    models.compile_layers(model, backend=backend)
+    assert torch.equal(inference._launched(call, "eager", 1, machine(EmulatedLt()))(0), expected)
     assert not compiled
     assert torch.equal(call(0), expected)
     assert len(compiled) == 1
 
 
-def test_the_products_of_whole_models_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "present", lambda: devices.find("h100"))
-    cases = list(inference._products(torch.device("cuda"), False, ["fp16", "fp8"]))
+def test_the_products_of_whole_models_are_measured_too() -> None:
+    h100 = inference.Machine(torch.device("cuda"), devices.find("h100"))
+    cases = list(inference._products(h100, False, ["fp16", "fp8"]))
     assert cases[0] == ("bert-large attention", "fp16", Product(4096, 1024, 1024))
     assert ("vit-l layers.*.feed_forward.0", "fp16", Product(64 * 196, 4096, 1024)) in cases
     assert {dtype for _, dtype, product in cases[:72] if product.tokens in (4096, 1024)} == {"fp16", "fp8"}
 
 
-def test_when_the_time_is_over_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    budget = timing.Budget(0.0)
-    monkeypatch.setattr(timing.time, "monotonic", lambda: math.inf)
+def test_when_the_time_is_over_rows_say_so() -> None:
+    budget = timing.Budget(1.0, now=iter([0.0, 61.0, 61.0]).__next__)
     result = Result("products", "cpu")
-    inference.run_products(result, CPU, True, ["bf16"], 1, budget)
+    inference.run_products(result, inference.Machine.of(CPU), True, ["bf16"], 1, budget)
     assert result.rows[0]["not_run"].startswith("needs an NVIDIA GPU")
     assert result.rows[1:] == [{"layer": "4 more products", "not_run": "out of time"}]
     result = Result("models", "cpu")
-    inference.run_models(result, CPU, True, 1, budget)
+    inference.run_models(result, inference.Machine.of(CPU), True, 1, budget)
     assert result.rows[0] == {"model": "transformer-base", "batch": 1, "not_run": "out of time"}
 
 

@@ -5,20 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from nm_sparsity.benchmarks import inference, masks, suite, training
+from nm_sparsity.benchmarks import suite
 from nm_sparsity.benchmarks.report import Result
+from nm_sparsity.benchmarks.timing import Budget
 
-
-@pytest.fixture
-def quick_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(result: Result, *args: object) -> None:
-        result.add(how=result.what)
-
-    monkeypatch.setattr(masks, "run", run)
-    monkeypatch.setattr(training, "run", run)
-    monkeypatch.setattr(inference, "run_models", run)
-    monkeypatch.setattr(inference, "run_products", run)
+CPU = torch.device("cpu")
 
 
 def files(folder: Path) -> dict[str, Result]:
@@ -26,31 +19,26 @@ def files(folder: Path) -> dict[str, Result]:
     return {result.what: result for result in results}
 
 
-def test_all_benchmarks_write_their_files(quick_steps: None, tmp_path: Path) -> None:
-    assert suite.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+def test_without_time_every_benchmark_has_a_file_that_says_so(tmp_path: Path) -> None:
+    assert suite.main(["--device", "cpu", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     found = files(tmp_path)
     assert sorted(found) == ["masks", "models", "products", "training"]
-    assert all(result.rows == [{"how": what}] for what, result in found.items())
+    assert all(result.rows == [{"not_run": "out of time"}] for result in found.values())
     assert all(result.environment["torch"] for result in found.values())
 
 
-@pytest.mark.usefixtures("quick_steps")
-def test_a_failure_does_not_stop_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(result: Result, *args: object) -> None:
+def test_a_failure_does_not_stop_the_others(tmp_path: Path) -> None:
+    def fail(result: Result) -> None:
         result.add(how="first")
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "run", fail)
-    assert suite.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    steps = {"training": fail, "products": lambda result: result.add(how="second")}
+    assert suite.run(steps, CPU, tmp_path, Budget()) == ["training"]
     found = files(tmp_path)
-    assert found["training"].rows[1] == {"not_run": "stopped by RuntimeError: CUDA out of memory"}
-    assert found["products"].rows == [{"how": "products"}]
-    assert "failed: training" in capsys.readouterr().out
+    assert found["training"].rows == [{"how": "first"}, {"not_run": "stopped by RuntimeError: CUDA out of memory"}]
+    assert found["products"].rows == [{"how": "second"}]
 
 
-@pytest.mark.usefixtures("quick_steps")
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert suite.main(["--minutes", "0"]) == 1
     assert "error: --minutes must be above 0" in capsys.readouterr().err

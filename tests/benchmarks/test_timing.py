@@ -1,4 +1,4 @@
-"""Timing against a clock of our own, on the CPU and on a pretended GPU."""
+"""Timing against a clock of our own; the real one on the CPU and on a pretended GPU."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import torch
 
 from nm_sparsity.benchmarks import timing
 from nm_sparsity.benchmarks.timing import Budget, Timing
+from nm_sparsity.core.deploy.clock import seconds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-class Clock:
-    """Seconds that pass only when a call says so."""
+class FakeClock:
+    """Seconds that pass only when a task says so; measures as `seconds` does."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -25,18 +26,45 @@ class Clock:
 
         return call
 
+    def __call__(self, call: timing.Call, device: torch.device, calls: int) -> float:
+        start = self.now
+        for i in range(calls):
+            call(i)
+        return (self.now - start) / calls
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    fake = Clock()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: fake.now)
+
+def test_alternatives_take_turns_and_short_ones_repeat() -> None:
+    clock = FakeClock()
+    calls = {"slow": clock.task("slow", 0.5), "fast": clock.task("fast", 4e-4)}
+    timings = timing.compare(calls, CPU, rounds=3, clock=clock)
+    assert timings["slow"].median == pytest.approx(0.5)
+    assert timings["fast"].median == pytest.approx(4e-4)
+    assert clock.order[4:] == (["slow"] + ["fast"] * 3) * 3  # after two warm-up calls each
+
+
+def test_a_graph_counts_for_the_calls_in_it() -> None:
+    clock = FakeClock()
+
+    class Replay(timing.CudaGraph):
+        def __init__(self) -> None:
+            self.calls, self.replay = 4, clock.task("graph", 2.0)
+
+        def __call__(self, i: int) -> None:
+            self.replay(i)
+
+    assert timing.compare({"graph": Replay()}, CPU, rounds=3, clock=clock)["graph"].samples == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    clock = FakeClock()
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
-            self.at = fake.now
+            self.at = clock.now
 
         def synchronize(self) -> None:
             pass
@@ -44,35 +72,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         def elapsed_time(self, end: Event) -> float:
             return (end.at - self.at) * 1e3
 
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    return fake
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_alternatives_take_turns_and_short_ones_repeat(clock: Clock, device: torch.device) -> None:
-    calls = {"slow": clock.task("slow", 0.5), "fast": clock.task("fast", 4e-4)}
-    timings = timing.compare(calls, device, rounds=3)
-    assert timings["slow"].median == pytest.approx(0.5)
-    assert timings["fast"].median == pytest.approx(4e-4)
-    assert clock.order[4:] == (["slow"] + ["fast"] * 3) * 3  # after two warm-up calls each
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_a_graph_counts_for_the_calls_in_it(clock: Clock, device: torch.device) -> None:
-    class Replay(timing.CudaGraph):
-        def __init__(self) -> None:
-            self.calls = 4
-
-        def __call__(self, _: int) -> None:
-            clock.now += 2.0
-
-    assert timing.sample(Replay(), device, 3) == pytest.approx(0.5)
+    assert seconds(clock.task("a", 0.25), device, 4) == pytest.approx(0.25)
 
 
 def test_calls_get_running_numbers() -> None:
     seen: list[int] = []
-    timing.sample(seen.append, CPU, 5)
+    seconds(seen.append, CPU, 5)
     assert seen == [0, 1, 2, 3, 4]
 
 
@@ -84,12 +92,11 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert Timing((5.0,)).quartiles == (5.0, 5.0)
 
 
-def test_a_budget_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
-    budget = Budget(2)
+def test_a_budget_runs_out() -> None:
+    clock = FakeClock()
+    budget = Budget(2, now=lambda: clock.now)
     assert not budget.spent
-    now[0] += 121
+    clock.now += 121
     assert budget.spent
     assert not Budget().spent
 
@@ -101,15 +108,9 @@ def test_rotating_copies_exceed_the_cache() -> None:
         assert copies * size >= 64 << 20 or copies == 64
 
 
-def test_bandwidth_counts_what_is_read_and_written(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    copy_ = torch.Tensor.copy_
-
-    def timed(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-        clock.now += source.nbytes / 1e9  # a byte read and a byte written every nanosecond
-        return copy_(target, source)
-
-    monkeypatch.setattr(torch.Tensor, "copy_", timed)
-    assert timing.copy_bandwidth(CPU, rounds=1) == pytest.approx(2e9)
+def test_bandwidth_counts_what_is_read_and_written() -> None:
+    bandwidth = timing.copy_bandwidth(CPU, rounds=1, clock=lambda call, device, calls: 0.25)
+    assert bandwidth == 2 * 2**28 / 0.25  # 256 MiB read and as many written
 
 
 def test_peak_memory_counts_what_is_alive_at_once() -> None:

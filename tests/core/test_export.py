@@ -10,48 +10,78 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.sparse import SparseSemiStructuredTensorCUTLASS as Cutlass
+from torch.sparse import SparseSemiStructuredTensorCUTLASS as TorchCutlass
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
     sparse_semi_structured_to_dense_cutlass,
 )
 
 from nm_sparsity.core import SparsityError, VerificationError, finalize, keep_largest, sparsify
-from nm_sparsity.core.deploy import convert
-from nm_sparsity.core.deploy.convert import SemiStructuredConv2d, SemiStructuredLinear, to_semi_structured
+from nm_sparsity.core.deploy.backends import BACKENDS, Choice, CuSparseLt, Cutlass, choose_backend
+from nm_sparsity.core.deploy.convert import (
+    SemiStructuredConv2d,
+    SemiStructuredLinear,
+    to_semi_structured,
+    why_not_layer,
+)
 from nm_sparsity.core.deploy.onnx import to_onnx
 
 
-def as_it_is(x: Tensor) -> Tensor:
-    return x
+class Emulated(TorchCutlass):
+    """torch's compressed weight on the CPU: compression and dispatch are torch's own, the product decompresses."""
 
+    @staticmethod
+    def read(x: Tensor) -> Tensor:
+        """The input as the kernel reads it."""
+        return x
 
-def by_sizes(x: Tensor) -> Tensor:
-    """As cuSPARSELt reads its input, whatever the strides say."""
-    return torch.as_strided(x, x.shape, (x.shape[1], 1))
+    @classmethod
+    def _validate_device_dim_dtype_shape(cls, original_tensor: Tensor) -> None:
+        pass
 
-
-def product(read: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    """What `Cutlass._mm` computes of an input that is read by `read`."""
-
-    def mm(self: Any, dense: Tensor, *, bias: Tensor | None = None, should_transpose_dense: bool = False) -> Tensor:
+    def _mm(self, dense: Tensor, *, bias: Tensor | None = None, should_transpose_dense: bool = False) -> Tensor:  # type: ignore[override]
         weight = sparse_semi_structured_to_dense_cutlass(self.packed, self.meta)
         x = dense if should_transpose_dense else dense.t()  # newer and older versions of torch
-        out = read(x).float() @ weight.t().float()
+        out = self.read(x).float() @ weight.t().float()
         out = (out if bias is None else out + bias.float()).to(dense.dtype)
         return out if should_transpose_dense else out.t()
 
-    return mm
+
+class BySizes(Emulated):
+    """Reads its input by its sizes, whatever the strides say, as cuSPARSELt does."""
+
+    @staticmethod
+    def read(x: Tensor) -> Tensor:
+        return torch.as_strided(x, x.shape, (x.shape[1], 1))
 
 
-@pytest.fixture
-def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that seems to have CUTLASS. Compression and dispatch are torch's own; the product decompresses."""
-    monkeypatch.setattr(
-        convert, "why_not_backend", lambda backend, device: "" if backend == "cutlass" else "not emulated"
-    )
-    monkeypatch.setattr(Cutlass, "_validate_device_dim_dtype_shape", classmethod(lambda cls, w: None))
-    monkeypatch.setattr(Cutlass, "_mm", product(as_it_is))
+class OnCPU(Cutlass):
+    """CUTLASS on a machine without a GPU."""
+
+    def __init__(self, tensor: type[Emulated] = Emulated) -> None:
+        self.tensor = tensor
+
+    def why_not_device(self, device: torch.device) -> str:
+        return ""
+
+
+class Searching(CuSparseLt):
+    """cuSPARSELt on a machine without a GPU: weights stay as they are, algorithm 5 is found and kept note of."""
+
+    def __init__(self) -> None:
+        self.weights: list[Any] = []
+        self.searched: list[tuple[int, ...]] = []
+
+    def why_not_device(self, device: torch.device) -> str:
+        return ""
+
+    def compress(self, matrix: Tensor) -> Any:
+        self.weights.append(matrix.clone())
+        return self.weights[-1]
+
+    def search(self, weight: Any, x: Tensor, bias: Any = None, out_dtype: Any = None) -> Choice:
+        self.searched.append((*weight.shape, *x.shape))
+        return 5, 1, 0
 
 
 def finalized(model: nn.Module, **options: Any) -> nn.Module:
@@ -73,10 +103,10 @@ def net() -> nn.Module:
     )
 
 
-def test_output_equals_the_masked_dense_model(emulated: None) -> None:
+def test_output_equals_the_masked_dense_model() -> None:
     model = finalized(net(), exclude=["6"])
     dense, x = copy.deepcopy(model), torch.randn(2, 3, 9, 9).half()
-    report = to_semi_structured(model)
+    report = to_semi_structured(model, OnCPU())
     assert report.backend == "cutlass"
     assert report.converted == ("1.weight", "3.weight")
     assert {type(model[1]), type(model[3])} == {SemiStructuredConv2d}
@@ -91,10 +121,10 @@ def test_output_equals_the_masked_dense_model(emulated: None) -> None:
 
 
 @pytest.mark.parametrize("shape", [(64,), (5, 64), (2, 3, 64)])
-def test_linear_takes_any_leading_shape_and_strides(emulated: None, shape: tuple[int, ...]) -> None:
+def test_linear_takes_any_leading_shape_and_strides(shape: tuple[int, ...]) -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), torch.randn(shape).half()
-    to_semi_structured(model, search=False)
+    to_semi_structured(model, OnCPU(), search=False)
     assert type(model[0]) is SemiStructuredLinear
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
@@ -112,36 +142,35 @@ def test_linear_takes_any_leading_shape_and_strides(emulated: None, shape: tuple
     ],
     ids=["class token", "half of the features", "transposed"],
 )
-def test_the_product_gets_its_rows_without_gaps(monkeypatch: pytest.MonkeyPatch, emulated: None, make: Any) -> None:
+def test_the_product_gets_its_rows_without_gaps(make: Any) -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), make().half()
-    to_semi_structured(model)
-    monkeypatch.setattr(Cutlass, "_mm", product(by_sizes))
+    to_semi_structured(model, OnCPU(BySizes))
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
         images = torch.randn(2, 128, 2, 2).half().to(memory_format=torch.channels_last)[:, :64]
         conv = finalized(nn.Sequential(nn.Conv2d(64, 32, 1, stride=2)))
         dense = copy.deepcopy(conv)
-        to_semi_structured(conv)
+        to_semi_structured(conv, OnCPU(BySizes))
         torch.testing.assert_close(conv(images), dense(images), rtol=2e-3, atol=2e-3)
 
 
-def test_works_under_compile(emulated: None) -> None:
+def test_works_under_compile() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), torch.randn(4, 64).half()
-    to_semi_structured(model)
+    to_semi_structured(model, OnCPU())
     with torch.no_grad():
         result = torch.compile(model, backend="aot_eager")(x)
         torch.testing.assert_close(result, dense(x), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # in the dense model's fast path
-def test_transformer_layers_leave_their_fast_path(emulated: None) -> None:
+def test_transformer_layers_leave_their_fast_path() -> None:
     layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     model = finalized(nn.TransformerEncoder(layer, 2)).float()
     model.half()
     dense, x = copy.deepcopy(model), torch.randn(2, 5, 64).half()
-    report = to_semi_structured(model)
+    report = to_semi_structured(model, OnCPU())
     assert len(report.converted) == 4
     assert all("linear" in name for name in report.converted)
     padding = torch.tensor([[False] * 5, [False, False, True, True, True]])
@@ -150,36 +179,27 @@ def test_transformer_layers_leave_their_fast_path(emulated: None) -> None:
     torch.testing.assert_close(result[~padding], expected[~padding], rtol=1e-2, atol=1e-2)
 
 
-def test_the_algorithm_is_searched_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    searched = []
+@pytest.mark.parametrize(("default", "found", "faster"), [(1.0, 2.0, 0), (2.0, 1.0, 5)])
+def test_the_faster_of_two_algorithms_wins_once_for_each_shape(default: float, found: float, faster: int) -> None:
+    backend = Searching()
 
-    def fastest(weight: Tensor, bias: Tensor | None, tokens: int) -> int:
-        searched.append((tuple(weight.shape), tokens))
-        return 7
+    def clock(call: Callable[[int], object], device: torch.device, calls: int) -> float:
+        call(0)
+        return default if backend.weights[-1].alg_id_cusparselt == 0 else found
 
-    monkeypatch.setattr(convert, "why_not_backend", lambda backend, device: "")
-    monkeypatch.setattr(convert, "compress", lambda matrix, backend: matrix.clone())
-    monkeypatch.setattr(convert, "_fastest_algorithm", fastest)
     model = finalized(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16)))
-    report = to_semi_structured(model, tokens=99)
+    report = to_semi_structured(model, backend, tokens=99, clock=clock)
     assert report.backend == "cusparselt"
-    assert searched == [((32, 32), 99), ((16, 32), 99)]
-    assert [algorithm for _, _, algorithm, _ in report.rows] == [7, 7, 7]
+    assert backend.searched == [(32, 32, 112, 32), (16, 32, 112, 32)]  # rows as torch pads them
+    assert [algorithm for _, _, algorithm, _ in report.rows] == [faster] * 3
+    assert [weight.alg_id_cusparselt for weight in backend.weights] == [faster] * 3
 
 
-def test_the_faster_of_two_algorithms_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(4, 8)
-    weight.packed = weight  # type: ignore[attr-defined]
-
-    def search(packed: Tensor, dense: Tensor, bias: None) -> tuple[int, int, int]:
-        assert dense.shape == (8, 16)  # rows as torch will pad them
-        return 5, 1, 0
-
-    monkeypatch.setattr(convert, "search_algorithm", search)
-    for default, searched, expected in ((1.0, 2.0, 0), (2.0, 1.0, 5)):
-        times = {0: default, 5: searched}
-        monkeypatch.setattr(convert, "_milliseconds", lambda call, t=times: t[weight.alg_id_cusparselt])  # type: ignore[attr-defined]
-        assert convert._fastest_algorithm(weight, None, 3) == expected
+def test_without_a_search_the_default_algorithm_runs() -> None:
+    backend = Searching()
+    model = finalized(nn.Sequential(nn.Linear(32, 32)))
+    assert [algorithm for _, _, algorithm, _ in to_semi_structured(model, backend, search=False).rows] == [0]
+    assert not backend.searched
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
@@ -191,49 +211,48 @@ def test_compression_loses_nothing_that_is_2_4(dtype: torch.dtype) -> None:
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(packed, meta), w)
 
 
-def test_a_weight_that_is_not_2_4_is_refused_by_name(emulated: None) -> None:
+def test_a_weight_that_is_not_2_4_is_refused_by_name() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)))
     with torch.no_grad():
         model[1].weight[0, :3] = 1.0
     with pytest.raises(VerificationError, match=r"1\.weight is not 2:4 .* 1 of 1,024 groups"):
-        to_semi_structured(model)
+        to_semi_structured(model, OnCPU())
     assert type(model[0]) is nn.Linear  # nothing was converted before the refusal
 
 
-def test_other_zeros_than_2_4_are_refused_and_dense_layers_left(emulated: None) -> None:
+def test_other_zeros_than_2_4_are_refused_and_dense_layers_left() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).half()
     with torch.no_grad():
         model[0].weight[:, :32] = 0
     with pytest.raises(VerificationError, match=r"0\.weight is not 2:4"):
-        to_semi_structured(model)
-    report = to_semi_structured(model[1])
+        to_semi_structured(model, OnCPU())
+    report = to_semi_structured(model[1], OnCPU())
     assert [note for *_, note in report.rows] == ["dense"]
     other = nn.Sequential(nn.Linear(64, 64))
     sparsify(other, "4:8")
     finalize(other)
-    assert [note for *_, note in to_semi_structured(other.half()).rows] == ["4:8: the hardware runs only 2:4"]
+    assert [note for *_, note in to_semi_structured(other.half(), OnCPU()).rows] == ["4:8: the hardware runs only 2:4"]
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:2"])
-def test_sparser_patterns_run_as_2_4(emulated: None, pattern: str) -> None:
+def test_sparser_patterns_run_as_2_4(pattern: str) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     sparsify(model, pattern)
     finalize(model)
-    assert to_semi_structured(model.half()).converted == ("0.weight",)
+    assert to_semi_structured(model.half(), OnCPU()).converted == ("0.weight",)
     other = nn.Sequential(nn.Linear(64, 64))
     sparsify(other, pattern)
     finalize(other)
     with torch.no_grad():
         other[0].weight[0, :3] = 1.0
     with pytest.raises(VerificationError, match=r"0\.weight is not 2:4"):
-        to_semi_structured(other.half())
+        to_semi_structured(other.half(), OnCPU())
 
 
-def test_a_model_in_a_dtype_that_the_backend_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "why_not_backend", lambda backend, device: "")
+def test_a_model_in_a_dtype_that_the_backend_has_not() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64))).float()
     with pytest.raises(SparsityError, match=r"cusparselt has no float32: convert the model first, with model\.half"):
-        to_semi_structured(model, "cusparselt")
+        to_semi_structured(model, Searching())
 
 
 class OwnForward(nn.Linear):
@@ -257,9 +276,9 @@ class OwnForward(nn.Linear):
         (nn.MultiheadAttention(64, 4).out_proj, torch.float16, "cusparselt", "MultiheadAttention uses it"),
     ],
 )
-def test_obstacles(module: nn.Module, dtype: torch.dtype, backend: str, expected: str) -> None:
+def test_why_a_layer_stays_dense(module: nn.Module, dtype: torch.dtype, backend: str, expected: str) -> None:
     weight: Any = module.weight
-    found = convert.why_not_layer(module, "weight", weight.shape, dtype, backend)
+    found = why_not_layer(module, "weight", weight.shape, dtype, BACKENDS[backend])
     assert expected in found
     assert bool(expected) == bool(found)
 
@@ -292,14 +311,14 @@ def test_what_a_gpu_has(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    assert expected in convert.why_not_backend(backend, torch.device("cuda"))
+    assert expected in BACKENDS[backend].why_not_device(torch.device("cuda"))
     if capability == (7, 5):
         with pytest.raises(SparsityError, match="2:4 cannot be accelerated here: needs sparse Tensor Cores"):
-            convert.choose_backend("auto", torch.device("cuda"))
+            choose_backend("auto", torch.device("cuda"))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     if capability == (9, 0):
         with pytest.raises(SparsityError, match=r"without cuSPARSELt; torch's CUTLASS kernels run on .* 8\.x only"):
-            convert.choose_backend("auto", torch.device("cuda"))
+            choose_backend("auto", torch.device("cuda"))
 
 
 def test_onnx_keeps_the_zeros_and_the_answers(tmp_path: Path) -> None:

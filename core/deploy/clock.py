@@ -1,0 +1,32 @@
+"""How long calls take on a device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+Clock = Callable[[Callable[[int], object], torch.device, int], float]
+"""What `seconds` is; a test can bring its own."""
+
+
+def seconds(call: Callable[[int], object], device: torch.device, calls: int) -> float:
+    """Seconds that each of `calls` calls in a row takes: by events on a CUDA device, by the wall clock elsewhere.
+
+    `call` gets the running number of the call.
+    """
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for i in range(calls):
+            call(i)
+        return (time.perf_counter() - start) / calls
+    torch.cuda.synchronize(device)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    for i in range(calls):
+        call(i)
+    last.record()
+    last.synchronize()
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds / 1e3 / calls

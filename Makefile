@@ -11,7 +11,7 @@ help:
 	@echo "make demo-detection    sparse Mask R-CNN, to box and mask AP (10 min)"
 	@echo "make bench             the benchmarks that run on this machine"
 	@echo "make test              all tests, in two processes (25 min on two cores)"
-	@echo "make test-fast         those without training, compiling or processes (2 min)"
+	@echo "make test-fast         those that are not marked slow (2 min)"
 	@echo "make test-oldest       core and benchmarks with the oldest supported versions (PYTHON_OLDEST=python3.12)"
 	@echo "make lint              ruff and mypy"
 	@echo "make docs              the documentation as a site, in site/"
@@ -38,7 +38,7 @@ test: .venv/.dev
 	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile
 
 test-fast: .venv/.dev
-	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile -m "not slow and not process"
+	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-oldest: .venv-oldest/.test
 	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/core tests/benchmarks

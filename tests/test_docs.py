@@ -78,7 +78,7 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [p for p in PAGES if blocks(p, "python") and str(p.relative_to(ROOT)) not in PAGES_NOT_RUN],
@@ -95,7 +95,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
-@pytest.mark.process
+@pytest.mark.slow
 def test_every_name_in_the_documentation_and_in_docstrings_exists() -> None:
     pages = [*PAGES, *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
     names = {n for page in pages for n in re.findall(r"\bnm_sparsity(?:[.:]\w+)+", page.read_text(encoding="utf-8"))}
@@ -118,7 +118,7 @@ def test_there_are_commands_and_no_stale_exceptions() -> None:
     assert not set(NOT_RUN) - written
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "command"), [c for c in dict.fromkeys(commands()) if c[1] not in NOT_RUN])
 def test_commands_run(page: str, command: str, tmp_path: Path) -> None:
     words = shlex.split(command)

@@ -17,7 +17,7 @@ CASES: dict[str, tuple[list[str], list[str], str]] = {
 """How each is launched, its arguments, and what it prints."""
 
 
-@pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_an_example_runs(tmp_path: Path, name: str) -> None:
     launcher, arguments, expected = CASES[name]

@@ -218,6 +218,7 @@ def test_layers_that_are_alike_are_compiled_once() -> None:
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 def test_the_products_of_whole_models_are_measured_too() -> None:
     h100 = inference.Machine(torch.device("cuda"), devices.find("h100"))
     cases = list(inference._products(h100, False, ["fp16", "fp8"]))

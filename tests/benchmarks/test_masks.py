@@ -11,7 +11,7 @@ import torch
 from nm_sparsity.benchmarks import masks, models
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import NMPattern, SparsityError, keep_largest
-from nm_sparsity.core.masks import ops, reference
+from nm_sparsity.core.masks.batched import Batch
 
 CPU = torch.device("cpu")
 
@@ -30,28 +30,28 @@ def test_the_check_passes() -> None:
     assert all(row["wrong"] == 0 for row in result.rows)
 
 
-def negative_zeros(w: torch.Tensor, n: int, m: int, axis: int) -> torch.Tensor:
-    kept = reference.keep_largest(w, n, m, axis)
-    return torch.where(kept == 0, -0.0, kept)
+def negative_zeros(batch: Batch) -> list[torch.Tensor]:
+    return [torch.where(mask, w, -0.0) for w, mask in zip(batch.weights, batch.nm_mask(), strict=True)]
 
 
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("keep_largest", lambda w, n, m, axis: w),
+        ("keep_largest", lambda batch: batch.weights),
         ("keep_largest", negative_zeros),
-        ("nm_mask", lambda w, n, m, axis: torch.ones_like(w, dtype=torch.bool)),
-        ("add_dropped_", lambda target, w, n, m, axis, scale: target),
+        ("nm_mask", lambda batch: [torch.ones_like(w, dtype=torch.bool) for w in batch.weights]),
+        ("add_dropped_", lambda batch, targets, scale: None),
     ],
 )
-def test_the_check_would_notice(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., torch.Tensor]) -> None:
-    monkeypatch.setattr(ops, name, wrong)
+def test_the_check_would_notice(monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., object]) -> None:
+    monkeypatch.setattr(Batch, name, wrong)
     result = Result("masks", "cpu")
     with pytest.raises(SparsityError, match="differ from the reference"):
         masks.check(result, CPU)
     assert all(row["wrong"] > 0 for row in result.rows)
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

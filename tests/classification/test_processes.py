@@ -29,6 +29,7 @@ def torchrun(environment: dict[str, str], module: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_like_one(
     tiny: Tiny, tmp_path: Path, environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +84,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path: Path, environment: dict[str, str]) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     arguments = [*DIGITS, "--checkpoint-every=2"]
@@ -125,6 +127,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, environment: dict[str, str]) -> None:
     """The system refuses to write more than 100 kB into a file, from the third checkpoint on."""
     run = tmp_path / "run"
@@ -139,6 +142,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, environment: 
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_users_mistake_shows_no_traceback(tmp_path: Path, environment: dict[str, str]) -> None:
     command = [
         sys.executable,

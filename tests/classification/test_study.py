@@ -17,6 +17,7 @@ from nm_sparsity.core.files.io import load
 SMALL = ImageStudy(out=Path("runs/demo"), seeds=(0,), patterns=("2:4",), length=1, decays=(2.0,))
 
 
+@pytest.mark.slow
 def test_the_demo_trains_reports_verifies_and_says_what_is_next(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,6 +265,7 @@ def test_what_kind_of_optimizer_stepped_is_remembered() -> None:
     finalize(again)  # no warning about a weak decay: under AdamW its number says nothing
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "latest.pt"
     script = (

@@ -148,6 +148,7 @@ def test_autocast_and_half_precision() -> None:
     torch.testing.assert_close(sparse.bfloat16()(x.bfloat16()), dense.bfloat16()(x.bfloat16()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [mlp, encoder])
 def test_compiled_without_graph_breaks_equals_eager(make: Callable[[], nn.Module]) -> None:
     sparse, _ = twins(make)

@@ -44,6 +44,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_sparsify_train_finalize_verify(name: str) -> None:
     make, loss_of, sparse_weights = MODELS[name]

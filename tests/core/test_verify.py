@@ -175,6 +175,7 @@ def test_console_inspect_of_a_detector_fetches_no_backbone(capsys: pytest.Captur
     assert "roi_heads.mask_head.0.0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_console_runs_as_a_module() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "nm_sparsity.core", "inspect", "alexnet", "--pattern", "1:4", "--input", "none"],

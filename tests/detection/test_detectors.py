@@ -31,6 +31,7 @@ def shrink(config: Any) -> None:
             shrink(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sparse", "dense"),
     [

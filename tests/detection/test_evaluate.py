@@ -88,6 +88,7 @@ def test_evaluate_finalizes_verifies_and_draws(
         assert picture.size == (2 * 388, 2 * 388)
 
 
+@pytest.mark.slow
 def test_a_run_without_the_hook_is_evaluated(
     make_config: Callable[..., Any],
     run: Callable[..., Any],
@@ -153,6 +154,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "holds no checkpoint yet" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_two_ranks_train_one_model(data: Path, tmp_path: Path) -> None:
     """MMEngine's pytorch launcher, gloo: the ranks end with the same weights, and the file is 2:4."""
@@ -336,6 +338,7 @@ def test_train_names_a_corrupt_picture(tmp_path: Path, data: Path, capsys: pytes
     assert re.search(r"failed to load image: .*/00000\d\.jpg", failure(capsys, *arguments))
 
 
+@pytest.mark.slow
 def test_configs_can_be_read_and_pointed_at_data(data: Path) -> None:
     for name in configs.names():
         config = configs.read(name)

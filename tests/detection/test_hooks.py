@@ -66,6 +66,7 @@ def sparse_names(checkpoint: dict[str, Any]) -> list[str]:
     return list(checkpoint["nm_sparsity"]["layers"])
 
 
+@pytest.mark.slow
 def test_initial_weights_are_the_dense_models(make_config: Make, run: Make) -> None:
     dense = snapshots(run, make_config(method="dense"))[0]
     sparse = snapshots(run, make_config(method="sr-ste"))[0]
@@ -73,6 +74,7 @@ def test_initial_weights_are_the_dense_models(make_config: Make, run: Make) -> N
     assert sparse["rpn_head.rpn_conv.weight"].std().item() == pytest.approx(0.01, rel=0.05)  # MMDetection's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     [
@@ -98,6 +100,7 @@ def test_checkpoint_is_sparse_as_it_stands(trained: Path) -> None:
     assert (state["backbone.layer1.0.conv1.weight"] == 0).float().mean().item() == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", [None, {"type": "EMAHook", "momentum": 0.1}], ids=["plain", "ema"])
 @pytest.mark.parametrize("method", ["sr-ste", "asp"])
 def test_resume_is_exact(make_config: Make, run: Make, tmp_path: Path, method: str, hook: Any) -> None:
@@ -285,6 +288,7 @@ def test_a_file_without_any_name_of_the_model_is_refused(make_config: Make, run:
         run(make_config("tiny_mask_rcnn", f"load_from={tmp_path}/backbone.pth", method="asp"))
 
 
+@pytest.mark.slow
 def test_resuming_another_pattern_is_refused(make_config: Make, run: Make, tmp_path: Path) -> None:
     run(make_config(pattern="2:4"), tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"cannot resume: .* is 1:4 along .* 2:4 along"):

@@ -51,6 +51,7 @@ def test_a_detector_that_finds_nothing_has_ap_0(tmp_path: Path) -> None:
     assert study.validation_ap(tmp_path) == 0.0
 
 
+@pytest.mark.slow
 def test_a_failed_run_shows_the_end_of_its_log(data: Path, tmp_path: Path) -> None:
     wrong = DetectionStudy(out=tmp_path, data=data, config="nothing", methods=("dense",), seeds=(0,))
     with pytest.raises(SparsityError, match=r"(?s)detection\.train nothing .*failed; the end of .*neither a file nor"):

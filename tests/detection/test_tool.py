@@ -29,6 +29,7 @@ def command(folder: Path, module: str, *arguments: str, **environment: str) -> s
     )
 
 
+@pytest.mark.slow
 def test_the_two_lines_of_the_readme_with_mmdetections_own_scripts(
     make_config: Callable[..., Any], tmp_path: Path
 ) -> None:

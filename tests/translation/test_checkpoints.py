@@ -37,6 +37,7 @@ def sparse_names(payload: Any) -> list[str]:
     return [name for name, t in payload["model"].items() if ".layers." in name and t.dim() == 2]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_sparse_as_it_stands(trained: Path) -> None:
     payload = load(trained / "checkpoint_last.pt")
     names = sparse_names(payload)
@@ -147,6 +148,7 @@ def stock(module: str, argv: list[str], **kwargs: Any) -> str:
     return result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_fairseq_without_this_package_translates_the_same(corpus: Path, trained: Path, tmp_path: Path) -> None:
     model, task = load_run(trained / "checkpoint_best.pt", corpus)
     ours = translate(model, task, "test", beam=2, lenpen=1.0)
@@ -177,6 +179,7 @@ def test_a_fairseq_without_this_package_translates_the_same(corpus: Path, traine
     assert "valid on 'valid' subset | loss" in validated
 
 
+@pytest.mark.slow
 def test_the_stock_commands_with_our_user_dir(corpus: Path, trained: Path, tmp_path: Path) -> None:
     """From a folder that has nothing to do with either."""
     user_dir = in_subprocess("nm_sparsity.translation", [], cwd=tmp_path).stdout.strip()
@@ -189,6 +192,7 @@ def test_the_stock_commands_with_our_user_dir(corpus: Path, trained: Path, tmp_p
     assert "D-0\t" in spoken
 
 
+@pytest.mark.slow
 def test_hydra(corpus: Path, tmp_path: Path) -> None:
     config = {
         "common": {"user_dir": str(Path(trainer_module.__file__).parent), "cpu": True, "no_progress_bar": True},
@@ -218,6 +222,7 @@ def test_hydra(corpus: Path, tmp_path: Path) -> None:
     assert not any("fc1" in name for name in table)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_two_parts_a_batch(corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:
     common = ["--max-update", "3", "--dropout", "0", "--nm-decay", "0.3", "--optimizer", "sgd", "--lr", "0.3"]
     fairseq(arguments(corpus, tmp_path / "one", "--update-freq", "2", *common))

@@ -217,6 +217,7 @@ def test_perplexity_is_that_of_the_model(
 SHORT = ("--log-interval=2", "--encoder-layers=1", "--decoder-layers=1")
 
 
+@pytest.mark.slow
 def test_a_study_is_done_once(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +255,7 @@ def test_a_study_compares_translations(tmp_path: Path) -> None:
         conduct(study.TranslationStudy(recipe="tiny_pydoc_topics", out=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_shows_its_end(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(corpus, tmp_path / "data" / "number-words")
     monkeypatch.chdir(tmp_path)
@@ -262,6 +264,7 @@ def test_a_run_that_fails_shows_its_end(corpus: Path, tmp_path: Path, monkeypatc
         conduct(wrong)
 
 
+@pytest.mark.slow
 def test_a_users_mistake_ends_without_a_traceback(corpus: Path, tmp_path: Path) -> None:
     """In our commands and in fairseq's own."""
     ours = in_subprocess("nm_sparsity.translation.evaluate", [str(tmp_path / "nothing")], status=1, cwd=tmp_path)
@@ -272,6 +275,7 @@ def test_a_users_mistake_ends_without_a_traceback(corpus: Path, tmp_path: Path) 
         assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
+@pytest.mark.slow
 def test_the_readme_runs_as_written(tmp_path: Path) -> None:
     """Its fairseq commands, with fewer updates."""
     text = (USER_DIR / "README.md").read_text()

@@ -167,6 +167,7 @@ def test_wmt14_keeps_its_test_set_as_published(tmp_path: Path, monkeypatch: pyte
     assert prepared.sentences["dropped as in two splits"] >= 1
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     pairs = corpora.number_words(200, 0)
     for column, name in enumerate(("text.en", "text.de")):

@@ -55,6 +55,7 @@ def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.C
     return config
 
 
+@pytest.mark.slow
 def test_resuming_after_sigterm_is_exact(stopped: recipes.Config, tmp_path: Path, fairseq: Fairseq) -> None:
     shutil.copytree(stopped.folder, tmp_path / "stopped")
     done = updates(stopped.folder / "checkpoint_last.pt")

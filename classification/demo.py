@@ -7,8 +7,7 @@ from pathlib import Path
 
 from nm_sparsity.classification.study import ImageStudy
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.comparison import results_table
-from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.conduct import show
 from nm_sparsity.core.experiments.demo import print_next_steps
 from nm_sparsity.core.experiments.run import FINALIZED
 
@@ -24,12 +23,9 @@ def main(study: ImageStudy = DEMO) -> None:
         f"ResNet-8 on 8x8 digits: dense, STE, SR-STE and ASP at {' and '.join(study.patterns)}, "
         f"{len(study.seeds)} seeds, {study.length} epochs"
     )
-    rows = conduct(study)
-    print(f"\n{results_table(study, rows)}\n")
+    show(study)
     product = study.out / FINALIZED
-    print(*study.notes([result for row in rows for result in row.results.values()]), sep="\n")
-    print(f"{product} (SR-STE at {study.patterns[0]}) is verified: every group keeps its pattern.")
-    print(f"More in {study.out / 'report.md'}, accuracy.png and sad.png.\n")
+    print(f"{product} (SR-STE at {study.patterns[0]}) is verified: every group keeps its pattern.\n")
     print_next_steps(
         {
             "test accuracy of the finalized checkpoint": f"nm_sparsity.classification.evaluate {product}",

@@ -19,8 +19,7 @@ from nm_sparsity.classification.data import load_splits
 from nm_sparsity.classification.evaluate import LATEST
 from nm_sparsity.classification.train import SUMMARY
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.comparison import results_table
-from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
 from nm_sparsity.core.experiments.run import read_metrics
 from nm_sparsity.core.experiments.study import Column, Plot, Result, Run, Study, read_json
@@ -86,9 +85,7 @@ class ImageStudy(Study):
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     """Run or continue the study that the arguments describe, and print its table."""
-    study = tyro.cli(ImageStudy, args=arguments, prog="python -m nm_sparsity.classification.study")
-    print(results_table(study, conduct(study)))
-    print(f"\nreport, raw results, plots and a checkpoint: {study.out}")
+    study_command(ImageStudy, arguments, "python -m nm_sparsity.classification.study")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.comparison import results_table
-from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.conduct import show
 from nm_sparsity.core.experiments.demo import print_next_steps
 from nm_sparsity.core.experiments.run import FINALIZED
 from nm_sparsity.detection.study import DetectionStudy
@@ -30,10 +29,7 @@ DEMO = DetectionStudy(
 def main(study: DetectionStudy = DEMO) -> None:
     """Train what is not there yet, show the comparison, and say what to try next; takes no arguments."""
     print("A small Mask R-CNN on digits on photographs: dense, and 2:4 sparse by SR-STE")
-    rows = conduct(study)
-    print(f"\n{results_table(study, rows)}\n")
-    print(*study.notes([result for row in rows for result in row.results.values()]), sep="\n")
-    print(f"Curves: {', '.join(str(study.out / plot.file) for plot in study.plots)}")
+    show(study)
     print(f"Ground truth above, predictions below: {study.out}/*/predictions.png\n")
     print_next_steps(
         {

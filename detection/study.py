@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.comparison import results_table
-from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
 from nm_sparsity.core.experiments.study import Column, Plot, Result, Run, Study
 from nm_sparsity.detection import prepare
@@ -115,9 +114,7 @@ class DetectionStudy(Study):
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     """Run or continue the study that the arguments describe, and print its table."""
-    study = tyro.cli(DetectionStudy, args=arguments, description=__doc__)
-    print(results_table(study, conduct(study)))
-    print(f"\nreport, raw results, plots and a checkpoint: {study.out}")
+    study_command(DetectionStudy, arguments, "python -m nm_sparsity.detection.study")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.comparison import results_table
-from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.conduct import show
 from nm_sparsity.core.experiments.demo import print_next_steps
 from nm_sparsity.core.experiments.run import FINALIZED
 from nm_sparsity.translation.study import TranslationStudy
@@ -26,16 +25,13 @@ DEMO = TranslationStudy(
 def main(study: TranslationStudy = DEMO) -> None:
     """Train what is not there yet, show scores and translations, and say what to try next; takes no arguments."""
     print("Transformers that turn numbers in English words into German ones: dense, and 2:4 sparse by SR-STE")
-    rows = conduct(study)
-    print(f"\n{results_table(study, rows)}\n")
-    sparse = rows[-1].results[study.seeds[0]]
-    print(sparse["bleu_signature"])
+    sparse = show(study)[-1].results[study.seeds[0]]
     print("The 2:4 checkpoint is verified; its finalized dense-with-zeros model gives the same translations.\n")
     for sample in sparse["samples"]:
         print(f"  {sample['source']}\n    2:4   {sample['translation']}")
         if sample["translation"] != sample["reference"]:
             print(f"    right {sample['reference']}")
-    print(f"\nPictures: {', '.join(str(study.out / plot.file) for plot in study.plots)}\n")
+    print()
     print_next_steps(
         {
             "is it really 2:4?": f"nm_sparsity.core verify {study.out / FINALIZED} --pattern 2:4",

@@ -274,9 +274,9 @@ def show(result: Translated | Perplexity) -> str:
 
 
 @command_line
-def main() -> None:
-    """The command line."""
-    options = tyro.cli(Options, prog="python -m nm_sparsity.translation.evaluate", description=__doc__)
+def main(arguments: list[str] | None = None) -> None:
+    """Score what `arguments`, by default the command line's, name, and print the scores."""
+    options = tyro.cli(Options, args=arguments, prog="python -m nm_sparsity.translation.evaluate", description=__doc__)
     for name in ("fairseq", "fairseq_cli"):
         logging.getLogger(name).setLevel(logging.WARNING)
     result = evaluate(options)

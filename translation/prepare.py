@@ -358,8 +358,8 @@ def _language(given: str | None, path: Path) -> str:
 
 
 @command_line
-def main() -> None:
-    """The command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Prepare the corpus that `arguments`, by default the command line's, name, and print what was done."""
     parser = argparse.ArgumentParser(prog="python -m nm_sparsity.translation.prepare", description=__doc__)
     parser.add_argument("corpus", nargs="?", help=f"one of {', '.join(VOCABULARY)}; or give text files")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
@@ -376,7 +376,7 @@ def main() -> None:
         "--held-out", type=int, help="sentences of each of valid and test (default a tenth, at most 500)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     changes = {"vocabulary": args.vocabulary, "held_out": args.held_out}
     kinds = (args.corpus, args.source or args.target, args.text)
     if sum(map(bool, kinds)) != 1 or bool(args.source) != bool(args.target):

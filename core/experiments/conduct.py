@@ -13,7 +13,8 @@ from statistics import mean
 from typing import Any, TextIO
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.experiments.comparison import Row, draw, write_report
+from nm_sparsity.core.experiments.command_line import present_names
+from nm_sparsity.core.experiments.comparison import Row, draw, results_table, write_report
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import FINALIZED, write_json
 from nm_sparsity.core.experiments.study import COMMANDS, Choice, Choices, Run, Study
@@ -39,6 +40,36 @@ def conduct(study: Study) -> list[Row]:
     if sparse := [row for row in rows if row.pattern]:
         example = next((row for row in sparse if row.method == "sr-ste"), sparse[0])
         shutil.copyfile(study.out / example.runs[study.seeds[0]].name / FINALIZED, study.out / FINALIZED)
+    return rows
+
+
+def study_command(kind: type[Study], arguments: Sequence[str] | None, program: str) -> None:
+    """The study that `arguments`, by default the command line's, describe: `show` it.
+
+    Args:
+        kind: the task's study, whose fields are the options.
+        program: what the command is called in its help.
+
+    Raises:
+        SparsityError: as `conduct` does.
+    """
+    import tyro
+
+    renamed = {"--folder": "--out", "--workers": "--jobs", "--processes": "--jobs"}
+    given = present_names(sys.argv[1:] if arguments is None else arguments, renamed)
+    show(tyro.cli(kind, args=given, prog=program))
+
+
+def show(study: Study) -> list[Row]:
+    """Conduct `study`, print its table and where the rest lies; returns the rows of the table.
+
+    Raises:
+        SparsityError: as `conduct` does.
+    """
+    rows = conduct(study)
+    print(f"\n{results_table(study, rows)}\n")
+    print(*study.notes([result for row in rows for result in row.results.values()]), sep="\n")
+    print(f"More in {study.out}: report.md, results.json, {', '.join(plot.file for plot in study.plots)}\n")
     return rows
 
 

@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.comparison import paired_difference, results_table
-from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.conduct import conduct, study_command
 from nm_sparsity.core.experiments.plots import Curve
 from nm_sparsity.core.experiments.study import Column, Plot, Result, Run, Study, read_json
 
@@ -230,6 +230,15 @@ def test_a_phase_may_have_a_length_of_its_own(toy: Toy) -> None:
 def test_studies_that_cannot_be_are_refused_at_once(changes: dict, message: str) -> None:
     with pytest.raises(SparsityError, match=message):
         Toy(**changes)
+
+
+def test_the_command_takes_the_option_names_of_the_version_before(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    study_command(Toy, ["--folder", "elsewhere", "--workers=1", "--methods", "dense", "--seeds", "7"], "toy")
+    shown = capsys.readouterr()
+    assert "--workers is called --jobs now" in shown.err
+    assert "dense   -        10          1       -  104.0  -" in shown.out
+    assert "More in elsewhere: report.md, results.json, curves.png" in shown.out
+    assert read_json(Path("elsewhere/results.json"))["study"]["jobs"] == 1
 
 
 def test_results_can_be_read_by_anyone(toy: Toy) -> None:

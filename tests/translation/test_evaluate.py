@@ -187,7 +187,6 @@ def test_perplexity_is_that_of_the_model(
     text_corpus: Path,
     tmp_path: Path,
     fairseq: Fairseq,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Against the cross-entropy of the logits, taken block by block."""
@@ -196,8 +195,7 @@ def test_perplexity_is_that_of_the_model(
     result = evaluate(Options(tmp_path))
     assert isinstance(result, Perplexity)
     assert "beam" not in json.loads((tmp_path / EVALUATION).read_text())
-    monkeypatch.setattr(sys, "argv", ["evaluate", str(tmp_path)])
-    assert module.main() == 0
+    assert module.main([str(tmp_path)]) == 0
     assert f"perplexity {result.perplexity:.2f} a piece" in capsys.readouterr().out
     model, task = load_run(tmp_path / "checkpoint_best.pt", text_corpus)
     task.load_dataset("test")

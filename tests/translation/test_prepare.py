@@ -201,7 +201,6 @@ def test_mistakes_on_the_command_line(
     monkeypatch.chdir(tmp_path)
     for name, column in ("a.en", 0), ("b.en", 0), ("a.txt", 0), ("b.de", 1):
         Path(name).write_text("".join(f"{pair[column]}\n" for pair in corpora.number_words(40, 0)))
-    monkeypatch.setattr(module.sys, "argv", ["prepare", *options.split(), "--out", "out"])
-    assert module.main() == 1
+    assert module.main([*options.split(), "--out", "out"]) == 1
     assert complaint in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,7 +18,9 @@ from nm_sparsity.benchmarks import devices, models, report, timing
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import NMPattern, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.masks import ops, reference
+from nm_sparsity.core.masks import reference
+from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.pattern import Placement
 
 Masking = Callable[[Tensor, int, int], Tensor]
 SIZES = (1, 4, 16, 64, 250, 500)
@@ -48,8 +49,11 @@ def kthvalue(w: Tensor, n: int, m: int) -> Tensor:
     return torch.where(magnitude > threshold, groups, 0).reshape(w.shape)
 
 
+OURS = "ours"
+"""All weights in one call, as a training step computes them."""
+
 ALTERNATIVES: dict[str, Masking] = {
-    "ours": lambda w, n, m: ops.keep_largest(w, n, m, 1),
+    OURS: lambda w, n, m: _batch([w], NMPattern(n, m)).keep_largest()[0],
     "ours, pure torch": lambda w, n, m: reference.keep_largest(w, n, m, 1),
     "argsort+scatter": lambda w, n, m: w * published_mask(w, n, m),
     "topk": topk,
@@ -87,11 +91,10 @@ def measure(
 
     gradients = [torch.zeros_like(w) for w in weights]
 
-    def decay(i: int) -> None:
-        for w, gradient in zip(sets[i % len(sets)], gradients, strict=True):
-            ops.add_dropped_(gradient, w, pattern.n, pattern.m, 1, 2e-4)
-
-    calls = {"copy": run(lambda w, n, m: w.clone()), **{name: run(ALTERNATIVES[name]) for name in names}, DECAY: decay}
+    batches = [_batch(weights, pattern) for weights in sets]
+    calls = {"copy": run(lambda w, n, m: w.clone()), **{name: run(ALTERNATIVES[name]) for name in names}}
+    calls[OURS] = lambda i: batches[i % len(batches)].keep_largest()
+    calls[DECAY] = lambda i: batches[i % len(batches)].add_dropped_(gradients, 2e-4)
     timings = timing.compare(calls, device, rounds)
     size = sum(w.numel() for w in weights)
     for name, t in timings.items():
@@ -131,8 +134,7 @@ def check(result: Result, device: torch.device) -> None:
                 where = torch.rand(shape, generator=generator) < 0.5
                 w = torch.where(where, special[torch.randint(8, shape, generator=generator)], w)
                 for arranged in (w, w.to(memory_format=torch.channels_last)) if w.dim() == 4 else (w,):
-                    found = _everything(ops, arranged.to(device), pattern)
-                    expected = _everything(reference, arranged, pattern)
+                    found, expected = _everything(arranged.to(device), pattern), _expected(arranged, pattern)
                     wrong += sum(_differing_bits(a.cpu(), b) for a, b in zip(found, expected, strict=True))
         name = str(dtype).removeprefix("torch.")
         result.add(weights="with ties, 0, inf, NaN", dtype=name, pattern=" ".join(patterns), how="ours", wrong=wrong)
@@ -140,12 +142,23 @@ def check(result: Result, device: torch.device) -> None:
         raise SparsityError(f"the kernels on {device} differ from the reference in {wrong:,} entries: not timed")
 
 
-def _everything(backend: ModuleType, w: Tensor, pattern: NMPattern) -> list[Tensor]:
+def _batch(weights: Sequence[Tensor], pattern: NMPattern) -> Batch:
+    return Batch(weights, [Placement(pattern, (1,))] * len(weights))
+
+
+def _everything(w: Tensor, pattern: NMPattern) -> list[Tensor]:
     """What the kernels make of `w`: masked weight, mask, and decay by a scale that rounds nothing, in both forms."""
+    batch, decayed = _batch([w], pattern), [torch.ones_like(w), torch.ones_like(w)]
+    batch.add_dropped_(decayed[:1], 0.5)
+    batch.add_dropped_(decayed[1:], torch.tensor(0.5, device=w.device))
+    return [*batch.keep_largest(), *batch.nm_mask(), *decayed]
+
+
+def _expected(w: Tensor, pattern: NMPattern) -> list[Tensor]:
+    """What the reference makes of `w`."""
     form = (pattern.n, pattern.m, 1)
-    scales = (0.5, torch.tensor(0.5, device=w.device))
-    decayed = [backend.add_dropped_(torch.ones_like(w), w, *form, scale) for scale in scales]
-    return [backend.keep_largest(w, *form), backend.nm_mask(w, *form), *decayed]
+    decayed = reference.add_dropped_(torch.ones_like(w), w, *form, 0.5)
+    return [reference.keep_largest(w, *form), reference.nm_mask(w, *form), decayed, decayed]
 
 
 def _differing_bits(a: Tensor, b: Tensor) -> int:

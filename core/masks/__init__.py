@@ -8,13 +8,13 @@ A group is `m` consecutive entries of the flattening of the *reduction dimension
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks import ops
+from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.masks.groups import Dims, reduction_last, reduction_size, restore_order
-from nm_sparsity.core.pattern import NMPattern
+from nm_sparsity.core.pattern import NMPattern, Placement
 
 
 def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:
@@ -45,13 +45,8 @@ def add_dropped_(target: Tensor, w: Tensor, pattern: str | NMPattern, dims: Dims
 
     `scale` is a number or a 0-dim tensor on `w`'s device.
     """
-    n, m = _check(w, pattern, dims)
-    with torch.no_grad():
-        if len(dims) == 1:
-            return ops.add_dropped_(target, w, n, m, dims[0], scale)
-        flat = ops.add_dropped_(reduction_last(target, dims), reduction_last(w, dims), n, m, w.dim() - len(dims), scale)
-        if flat.data_ptr() != target.data_ptr():  # flattening had to copy
-            target.copy_(restore_order(flat, target.shape, dims))
+    _check(w, pattern, dims)
+    Batch([w], [Placement(NMPattern.parse(pattern), dims)]).add_dropped_([target], scale)
     return target
 
 

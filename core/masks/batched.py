@@ -1,55 +1,241 @@
-"""Weights that are masked together."""
+"""Weights masked together: one kernel launch for all, a few where devices, dtypes, patterns or layouts differ."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import chain
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from nm_sparsity.core import masks
-from nm_sparsity.core.pattern import Placement
+from nm_sparsity.core.masks import reference
+from nm_sparsity.core.masks.backends import backend_of, covering, rounds_to
+from nm_sparsity.core.masks.groups import reduction_last, restore_order
+from nm_sparsity.core.masks.memory import Layout, is_dense, same_layout
+from nm_sparsity.core.pattern import NMPattern, Placement
+
+_ALIGNMENT = 256
+"""Each result of a call starts at a multiple of this many entries, so of as many bytes; cuBLAS asks for 256."""
+
+_CPU_BLOCK = 2**20
+"""About how many entries a call of the CPU kernel takes: bigger results get new pages from the system every time."""
+
+_dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
 class Batch:
     """Weights that are masked together, each along its own placement.
 
-    The batch keeps the tensors it was given; where one's storage is replaced, the next call follows it.
+    A table of where they lie is built once. The batch keeps the tensor objects, and every call looks whether their
+    storage was replaced since (``.data =``, FSDP's gathering): the table follows.
     """
 
     def __init__(self, weights: Sequence[Tensor], placements: Sequence[Placement]) -> None:
         self.weights = list(weights)
         self.placements = list(placements)
+        self._forms: list[Any] = []
+        self._pointers: list[int] = []
+        self._shapes: list[Any] = []
+        self._parts: list[_Part] = []
+        self._others: list[int] = []
+        """Weights that no compiled kernel covers."""
+        self._order: list[int] = []
+        """Where each weight's result stands among the parts' and then the others'."""
 
+    @torch.no_grad()
     def keep_largest(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The masked weights, without autograd, in their shapes and strides, and rounded to `dtype` if one is given."""
-        with torch.no_grad():
+        """The masked weights, detached, in the shapes and strides of the weights.
+
+        With `dtype` they are rounded to it as ``.to(dtype)`` rounds; which NaN a NaN becomes is left open. All lie in
+        one stretch of memory (one per launch), each a tensor of its own: writing to one leaves the others' version.
+        """
+        self._refresh()
+        values = []
+        for part in self._parts:
+            target = part.dtype if dtype is None else dtype
+            values += part.fresh("keep", target if rounds_to(part.dtype, target) else part.dtype)
+        values += [_like(self.weights[i], self._reference(reference.keep_largest, i)) for i in self._others]
+        return [values[k] if dtype is None else values[k].to(dtype) for k in self._order]
+
+    @torch.no_grad()
+    def nm_mask(self) -> list[Tensor]:
+        """The boolean mask of each weight, in its shape and strides."""
+        self._refresh()
+        values = [value for part in self._parts for value in part.fresh("mask", torch.bool)]
+        values += [_like(self.weights[i], self._reference(reference.nm_mask, i)) for i in self._others]
+        return [values[k] for k in self._order]
+
+    @torch.no_grad()
+    def add_dropped_(self, targets: Sequence[Tensor | None], scale: float | Tensor) -> None:
+        """``target += scale * (1 - mask) * w`` in place, without autograd, for each weight: the SR-STE term.
+
+        A weight whose target is None is left out. `scale` is a number or a 0-dim tensor on the weights' device, which
+        is never asked for its value there. Computed in fp32 and rounded once.
+        """
+        for i in self._into("add", targets, None, scale):
+            if (target := targets[i]) is not None:
+                reference.add_scaled_(target, self._reference(reference.dropped, i), scale)
+
+    @torch.no_grad()
+    def update_masks_(self, masks: Sequence[Tensor]) -> Tensor:
+        """Write the present masks into `masks`, boolean tensors shaped like the weights.
+
+        Returns:
+            How many entries of each changed: int64 (weights,), on the first weight's device.
+        """
+        devices = dict.fromkeys([w.device for w in self.weights] or [torch.device("cpu")])
+        changes = {device: torch.zeros(len(self.weights), dtype=torch.int64, device=device) for device in devices}
+        for i in self._into("mask", masks, torch.bool, changes=changes):
+            mask = self._reference(reference.nm_mask, i)
+            changes[mask.device][i] = (masks[i] != mask).sum()
+            masks[i].copy_(mask)
+        first, *rest = changes.values()
+        return sum((other.to(first.device) for other in rest), first)
+
+    @torch.no_grad()
+    def keep_largest_into_(self, outs: Sequence[Tensor]) -> None:
+        """Write the masked weights into `outs`, tensors of one dtype shaped like the weights, which may be rounded."""
+        for i in self._into("keep", outs, outs[0].dtype if outs else None):
+            outs[i].copy_(self._reference(reference.keep_largest, i))
+
+    def _into(
+        self,
+        result: str,
+        targets: Sequence[Tensor | None],
+        dtype: torch.dtype | None,
+        scale: float | Tensor = 0.0,
+        changes: dict[torch.device, Tensor] | None = None,
+    ) -> list[int]:
+        """Compute `result` into `targets` of `dtype`, or the weights' own; which ones are left to the reference."""
+        self._refresh()
+        left = list(self._others)
+        for part in self._parts:
+            addresses, refused = part.addresses(targets, dtype or part.dtype)
+            left += refused
+            part.rows.run(
+                *(result, None, addresses, dtype or part.dtype, scale),
+                None if changes is None else changes[part.device],
+            )
+        increment_version([target for target in targets if target is not None])
+        return left
+
+    def _refresh(self) -> None:
+        """Rebuild what the table says of the weights where it is out of date."""
+        weights = self.weights
+        pointers = list(map(Tensor.data_ptr, weights))
+        forms = [*map(_dtype_of, weights), *map(Tensor.stride, weights), *map(Tensor.numel, weights)]
+        if pointers == self._pointers and forms == self._forms:
+            return
+        shapes = [(w.shape, w.device) for w in weights]
+        if forms == self._forms and shapes == self._shapes:
+            for part in self._parts:
+                part.rows.point([pointers[i] for i in part.places])
+        else:
+            self._build()
+        self._pointers, self._forms, self._shapes = pointers, forms, shapes
+
+    def _build(self) -> None:
+        groups: dict[Any, list[tuple[int, Layout]]] = defaultdict(list)
+        filled: dict[Any, int] = defaultdict(int)
+        self._others = []
+        for i, (w, (pattern, dims)) in enumerate(zip(self.weights, self.placements, strict=True)):
+            if (found := covering(w, pattern.m, dims)) is None:
+                self._others.append(i)
+            else:
+                backend, layout = found
+                key = (backend, pattern, w.device, w.dtype, layout[1] == 1)
+                block = filled[key] // _CPU_BLOCK if w.device.type == "cpu" else 0
+                filled[key] += w.numel()
+                groups[*key, block].append((i, layout))
+        self._parts = [_Part(key[0], self.weights, members, key[1]) for key, members in groups.items()]
+        places = [*chain(*(part.places for part in self._parts)), *self._others]
+        self._order = sorted(range(len(places)), key=places.__getitem__)
+
+    def _reference(self, function: Callable[[Tensor, int, int, int], Tensor], i: int) -> Tensor:
+        """What `function` of the reference makes of weight `i`."""
+        w, (pattern, dims) = self.weights[i], self.placements[i]
+        flat = function(reduction_last(w, dims), pattern.n, pattern.m, w.dim() - len(dims))
+        return restore_order(flat, w.shape, dims)
+
+
+class _Part:
+    """Weights of a batch that one launch covers: of one device, dtype, pattern and kind of layout."""
+
+    def __init__(
+        self, backend: ModuleType, weights: Sequence[Tensor], members: Sequence[tuple[int, Layout]], pattern: NMPattern
+    ) -> None:
+        # Weights alike lie side by side, so that one call makes the tensors of all their results.
+        alike: dict[Any, list[tuple[int, Layout]]] = defaultdict(list)
+        for i, layout in members:
+            alike[weights[i].shape, weights[i].stride()].append((i, layout))
+        self.places, layouts = zip(*(member for group in alike.values() for member in group), strict=True)
+        """The positions in the batch of the part's weights."""
+        self._strides = [weights[i].stride() for i in self.places]
+        self._starts: list[int] = []
+        self._stretches: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self._size = 0
+        for (shape, strides), group in alike.items():
+            step = -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
+            self._stretches.append((self._size, (len(group), *shape), (step, *strides)))
+            self._starts += [self._size + step * k for k in range(len(group))]
+            self._size += step * len(group)
+        first = weights[self.places[0]]
+        self.dtype, self.device = first.dtype, first.device
+        self._weights = [weights[i] for i in self.places]
+        self.rows = backend.Rows(self._weights, layouts, self.places, pattern.n, pattern.m)
+
+    def fresh(self, result: str, dtype: torch.dtype) -> list[Tensor]:
+        """The `result` of every weight in memory of its own."""
+        out = torch.empty(self._size, dtype=dtype, device=self.device)
+        self.rows.run(result, out, self._starts, dtype)
+        # Below autograd's bookkeeping of views, so that each result counts its own versions.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             return [
-                masks.keep_largest(w.detach(), *placement).to(dtype or w.dtype)
-                for w, placement in zip(self.weights, self.placements, strict=True)
+                value
+                for start, shape, strides in self._stretches
+                for value in out.as_strided(shape, strides, start).unbind()
             ]
 
-    def nm_mask(self) -> list[Tensor]:
-        """The boolean mask of each weight."""
-        return [masks.nm_mask(w, *placement) for w, placement in zip(self.weights, self.placements, strict=True)]
+    def addresses(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[list[int], list[int]]:
+        """Where those of `tensors` lie that go with the part's weights, 0 where the kernel must leave one out.
 
-    def add_dropped_(self, targets: Sequence[Tensor | None], scale: float | Tensor) -> None:
-        """``target += scale * (1 - mask) * w`` in place for each weight; one whose target is None is left out."""
-        for w, placement, target in zip(self.weights, self.placements, targets, strict=True):
-            if target is not None:
-                masks.add_dropped_(target, w, *placement, scale)
-
-    def update_masks_(self, masks: Sequence[Tensor]) -> Tensor:
-        """Write the present masks into `masks`; the number of entries that changed, int64 (weights,), on their device."""
-        changes = []
-        for before, now in zip(masks, self.nm_mask(), strict=True):
-            changes.append((before != now).sum())
-            before.copy_(now)
-        return torch.stack(changes) if changes else torch.zeros(0, dtype=torch.int64)
+        The second list has the positions in the batch of those that do not lie in memory as the weight does, or have
+        another dtype than `dtype`.
+        """
+        addresses, refused = [], []
+        fits = dtype == torch.bool or rounds_to(self.dtype, dtype)
+        for i, strides, w in zip(self.places, self._strides, self._weights, strict=True):
+            t = tensors[i]
+            if t is None:
+                addresses.append(0)
+            elif t.dtype is dtype and fits and (t.stride() == strides or same_layout(t, w)):
+                addresses.append(t.data_ptr())
+            else:
+                addresses.append(0)
+                refused.append(i)
+        return addresses, refused
 
 
 def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    """Entries whose mask is False become +0, whatever they were; in place, without autograd."""
+    """Entries whose mask is False become +0, whatever they were; in place, without autograd, in one launch."""
+    groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for target, mask in zip(targets, masks, strict=True):
-            target.masked_fill_(~mask, 0)
+            alike = mask.dtype is torch.bool and same_layout(mask, target) and is_dense(target)
+            backend = backend_of(target) if alike and target.element_size() in (2, 4, 8) else None
+            if backend is None:
+                target.masked_fill_(~mask, 0)
+            else:
+                groups[backend, target.device, target.element_size()].append((target, mask))
+    for (backend, _, _), members in groups.items():
+        backend.apply_masks_(*zip(*members, strict=True))
+        increment_version([target for target, _ in members])
+
+
+def _like(w: Tensor, value: Tensor) -> Tensor:
+    """`value` in the strides of `w`."""
+    return value if value.stride() == w.stride() else torch.empty_like(w, dtype=value.dtype).copy_(value)

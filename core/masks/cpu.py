@@ -1,9 +1,11 @@
-"""The compiled CPU kernel (`keep_largest.cpp`) through ctypes; what it does not cover goes to `reference`."""
+"""The compiled CPU kernel (`keep_largest.cpp`) through ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import warnings
+from array import array
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -11,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nm_sparsity.core.masks import reference
-from nm_sparsity.core.masks.memory import NAN_KEY, memory_layout, same_layout
+from nm_sparsity.core.masks.memory import TYPES, Layout
 
-_KEEP, _MASK, _ADD_DROPPED = range(3)
+RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3}
+_NUMBER = {dtype: number for number, dtype in enumerate(TYPES)}
 
 
 @cache
@@ -31,37 +33,81 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     kernel = ctypes.CDLL(str(path))
-    i, i64, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    kernel.nm_select.argtypes = [i, i, pointer, pointer, i64, i, i64, i, i, ctypes.c_float, i]
+    i, i64, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    kernel.nm_select.argtypes = [i, i, i, i, i, ctypes.c_float, i64, address, i64, i64, *[address] * 5, i]
     return kernel
 
 
-def _select(result: int, w: Tensor, out: Tensor, n: int, m: int, axis: int, scale: float = 0.0) -> bool:
-    """Run the compiled kernel into `out`, which lies in memory as `w` does; False where it does not apply."""
-    layout = memory_layout(w, m, axis)
-    if layout is None or (kernel := library()) is None:
-        return False
-    outer, inner = layout
-    data, threads = (w.data_ptr(), out.data_ptr()), torch.get_num_threads()
-    kernel.nm_select(result, w.element_size(), *data, outer, m, inner, n, NAN_KEY[w.dtype], scale, threads)
-    return True
+def available() -> bool:
+    """Whether the kernel is there."""
+    return library() is not None
 
 
-def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """See `reference.keep_largest`."""
-    out = torch.empty_like(w)
-    return out if _select(_KEEP, w, out, n, m, axis) else reference.keep_largest(w, n, m, axis)
+class Rows:
+    """The table of weights of one dtype and pattern that the kernel takes in one call."""
+
+    def __init__(self, weights: Sequence[Tensor], layouts: Sequence[Layout], places: Sequence[int], n: int, m: int):
+        self._form = (m, n)
+        self._type = _NUMBER[weights[0].dtype]
+        self._outer = array("q", [outer for outer, _ in layouts])
+        self._inner = array("q", [inner for _, inner in layouts])
+        self._places = array("q", places)
+        self.point([w.data_ptr() for w in weights])
+
+    def point(self, weights: Sequence[int]) -> None:
+        """The weights lie at these addresses now."""
+        self._weights = array("q", weights)
+
+    def run(
+        self,
+        result: str,
+        out: Tensor | None,
+        places: Sequence[int],
+        dtype: torch.dtype,
+        scale: float | Tensor = 0.0,
+        changes: Tensor | None = None,
+    ) -> None:
+        """Compute `result`, "keep", "mask" or "add", of all weights.
+
+        Args:
+            result: "keep" writes the masked weights, "mask" their masks, "add" adds `scale` times what is dropped.
+            out: where the results lie, or None if `places` says it alone.
+            places: the element of `out` where each result starts; without `out` their addresses, 0 for none.
+            dtype: of the results.
+            scale: for "add".
+            changes: int64, takes the number of entries of each mask that changed.
+        """
+        base, unit = (0, 1) if out is None else (out.data_ptr(), out.element_size())
+        starts = array("q", places)
+        _nm_select(
+            *(RESULTS[result], self._type, _NUMBER.get(dtype, 0), *self._form, float(scale), len(starts)),
+            *(_address(self._weights), base, unit, _address(starts)),
+            *(_address(self._outer), _address(self._inner), _address(self._places)),
+            *(None if changes is None else changes.data_ptr(), torch.get_num_threads()),
+        )
 
 
-def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """See `reference.nm_mask`."""
-    out = torch.empty_like(w, dtype=torch.bool)
-    return out if _select(_MASK, w, out, n, m, axis) else reference.nm_mask(w, n, m, axis)
+def select(result: str, w: Tensor, out: Tensor, layout: Layout, n: int, m: int) -> None:
+    """The `result` of one weight, into `out`, which lies in memory as `w` does."""
+    Rows([w], [layout], [0], n, m).run(result, out, [0], out.dtype)
 
 
-def add_dropped_(target: Tensor, w: Tensor, n: int, m: int, axis: int, scale: float | Tensor) -> Tensor:
-    """See `reference.add_dropped_`: one pass over both where they are fp32 and lie in memory alike."""
-    fused = target.dtype == w.dtype == torch.float32 and same_layout(target, w)
-    if not (fused and _select(_ADD_DROPPED, w, target, n, m, axis, float(scale))):
-        reference.add_dropped_(target, w, n, m, axis, scale)
-    return target
+def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """Zero the entries of `targets`, of one element size, that `masks` drop; both lie in memory alike."""
+    kept, starts = (array("q", [t.data_ptr() for t in tensors]) for tensors in (masks, targets))
+    sizes, ones = array("q", [t.numel() for t in targets]), array("q", [1]) * len(targets)
+    _nm_select(
+        *(RESULTS["apply"], 0, targets[0].element_size(), 1, 0, 0.0, len(targets), _address(kept), 0, 1),
+        *(_address(starts), _address(sizes), _address(ones), None, None, torch.get_num_threads()),
+    )
+
+
+def _nm_select(*args: float | None) -> None:
+    kernel = library()
+    assert kernel is not None, "callers ask `available` first"
+    failed = kernel.nm_select(*args)
+    assert not failed, f"no kernel for {args}"
+
+
+def _address(values: array[int]) -> int:
+    return values.buffer_info()[0]

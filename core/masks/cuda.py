@@ -1,67 +1,176 @@
-"""The Triton kernel for CUDA tensors; what it does not cover goes to `reference`."""
+"""The Triton kernels for CUDA tensors. Nothing here waits for the device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
+from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nm_sparsity.core.masks import reference
-from nm_sparsity.core.masks.memory import NAN_KEY, memory_layout, same_layout
+from nm_sparsity.core.masks.memory import Layout
 
 BLOCK, LEAST_GROUPS = 2048, 128
 """Weights a program handles, 16 a thread; at least one group a thread."""
 
+RESULTS = {"keep": 0, "mask": 1, "add": 2}
+
+_in_graphs: list[Tensor] = []
+"""Tables that a captured CUDA graph reads whenever it is replayed: they live as long as the process."""
+
 
 @cache
-def _has_triton() -> bool:
+def available() -> bool:
+    """Whether Triton is installed."""
     return find_spec("triton") is not None
 
 
-def _select(result: str, w: Tensor, out: Tensor, n: int, m: int, axis: int, scale: float | Tensor = 0.0) -> bool:
-    """Run the kernel into `out`, which lies in memory as `w` does; False where it does not apply."""
-    layout = memory_layout(w, m, axis)
-    if layout is None or not _has_triton():
-        return False
-    from nm_sparsity.core.masks import triton_kernel
+def groups_per_program(m: int) -> int:
+    """How many groups of `m` a program takes."""
+    return max(BLOCK // m, LEAST_GROUPS)
 
-    outer, inner = layout
-    groups, per_program = outer * inner, max(BLOCK // m, LEAST_GROUPS)
-    if groups:
-        with torch.cuda.device_of(w):
-            triton_kernel.select[(-(-groups // per_program),)](
-                w,
-                out,
-                scale,
-                groups,
-                inner,
-                N=n,
-                M=m,
-                G=per_program,
-                NAN_KEY=NAN_KEY[w.dtype],
-                RESULT=getattr(triton_kernel, result),
-                CONTIGUOUS=inner == 1,
-                SCALE_IS_POINTER=isinstance(scale, Tensor),
+
+class Rows:
+    """The table of weights of one dtype, pattern and kind of layout that a launch takes, in the device's memory."""
+
+    def __init__(self, weights: Sequence[Tensor], layouts: Sequence[Layout], places: Sequence[int], n: int, m: int):
+        self._device, self._from = weights[0].device, _type(weights[0].dtype)
+        self._form = {"N": n, "M": m, "G": groups_per_program(m), "CONTIGUOUS": layouts[0][1] == 1}
+        groups = [outer * inner for outer, inner in layouts]
+        self._programs, first = _programs(groups, groups_per_program(m))
+        self._columns = (groups, [inner for _, inner in layouts], first, list(places))
+        self._whole = not any(count % 16 for count in groups)
+        self._uploads: dict[str, tuple[Sequence[int] | Tensor, Tensor]] = {}
+        self.point([w.data_ptr() for w in weights])
+
+    def point(self, weights: Sequence[int]) -> None:
+        """The weights lie at these addresses now."""
+        self._aligned = self._whole and not any(address % 16 for address in weights)
+        self._table = list(chain(*zip(weights, *self._columns, strict=True)))
+
+    def run(
+        self,
+        result: str,
+        out: Tensor | None,
+        places: Sequence[int],
+        dtype: torch.dtype,
+        scale: float | Tensor = 0.0,
+        changes: Tensor | None = None,
+    ) -> None:
+        """See `cpu.Rows.run`."""
+        from nm_sparsity.core.masks import triton_kernel as kernels
+
+        if not len(self._programs):
+            return
+        on_device = isinstance(scale, Tensor) and scale.device == self._device
+        with torch.cuda.device(self._device):
+            kernels.select_rows[(len(self._programs),)](
+                self._on_device("programs", self._programs),
+                self._on_device("table", self._table),
+                self._on_device(result, places),
+                0 if out is None else out.data_ptr(),
+                scale if on_device else float(scale),
+                changes,
+                **self._form,
+                RESULT=RESULTS[result],
+                FROM=self._from,
+                TO=_type(dtype),
+                UNIT=1 if out is None else out.element_size(),
+                ALIGNED=self._aligned and (out is not None or not any(address % 16 for address in places)),
+                COUNTED=changes is not None,
+                SCALE_IS_POINTER=on_device,
             )
-    return True
+
+    def _on_device(self, name: str, values: Sequence[int] | Tensor) -> Tensor:
+        """`values` in the device's memory, uploaded when they changed.
+
+        An upload that is captured in a graph happens at its replays only, so it is not kept for other calls.
+        """
+        before, uploaded = self._uploads.get(name, (None, None))
+        if uploaded is None or not (before is values or (isinstance(values, list) and before == values)):
+            uploaded = _upload(values, self._device)
+            if not _capturing(self._device):
+                self._uploads[name] = values, uploaded
+        elif _capturing(self._device):
+            _in_graphs.append(uploaded)
+        return uploaded
 
 
-def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """See `reference.keep_largest`."""
-    out = torch.empty_like(w)
-    return out if _select("KEEP", w, out, n, m, axis) else reference.keep_largest(w, n, m, axis)
+def select(
+    result: str,
+    w: Tensor,
+    out: Tensor,
+    layout: Layout,
+    n: int,
+    m: int,
+    traced: bool = False,
+) -> None:
+    """The `result` of one weight, into `out`, which lies in memory as `w` does; `traced`: as a launch tracers see."""
+    from nm_sparsity.core.masks import triton_kernel as kernels
+
+    (outer, inner), per_program = layout, groups_per_program(m)
+    if not outer:
+        return
+    launch: Any = torch.library.wrap_triton(kernels.select) if traced else kernels.select
+    with nullcontext() if traced else torch.cuda.device(w.device):
+        launch[(-(-outer * inner // per_program),)](
+            w,
+            out.view(torch.int8) if out.dtype == torch.bool else out,
+            outer * inner,
+            inner,
+            N=n,
+            M=m,
+            G=per_program,
+            RESULT=RESULTS[result],
+            CONTIGUOUS=inner == 1,
+        )
 
 
-def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """See `reference.nm_mask`."""
-    out = torch.empty_like(w, dtype=torch.bool)
-    return out if _select("MASK", w, out.view(torch.int8), n, m, axis) else reference.nm_mask(w, n, m, axis)
+def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    """See `cpu.apply_masks_`."""
+    from nm_sparsity.core.masks import triton_kernel as kernels
+
+    sizes, device = [t.numel() for t in targets], targets[0].device
+    programs, first = _programs(sizes, BLOCK)
+    if len(programs):
+        columns = ([t.data_ptr() for t in targets], [t.data_ptr() for t in masks], sizes, first)
+        with torch.cuda.device(device):
+            kernels.apply_masks[(len(programs),)](
+                _upload(programs, device),
+                _upload(list(chain(*zip(*columns, strict=True))), device),
+                B=BLOCK,
+                BITS=8 * targets[0].element_size(),
+            )
 
 
-def add_dropped_(target: Tensor, w: Tensor, n: int, m: int, axis: int, scale: float | Tensor) -> Tensor:
-    """See `reference.add_dropped_`: one pass over both where they lie in memory alike."""
-    if not (same_layout(target, w) and _select("ADD_DROPPED", w, target, n, m, axis, scale)):
-        reference.add_dropped_(target, w, n, m, axis, scale)
-    return target
+def _programs(sizes: Sequence[int], per_program: int) -> tuple[Tensor, list[int]]:
+    """The row of each program where row i takes `sizes[i]` things, and the first program of each row."""
+    counts = [-(-size // per_program) for size in sizes]
+    rows = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
+    return rows, [0, *accumulate(counts)][:-1]
+
+
+def _upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """`values` on `device`, asynchronously: from pinned memory, which a graph that captures this reads at replays."""
+    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
+    if device.type != "cuda":  # Triton's interpreter
+        return host
+    pinned = host.pin_memory()
+    uploaded = pinned.to(device, non_blocking=True)
+    if _capturing(device):
+        _in_graphs.extend([pinned, uploaded])
+    return uploaded
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _type(dtype: torch.dtype) -> Any:
+    from triton import language
+
+    return getattr(language, "int8" if dtype == torch.bool else str(dtype).removeprefix("torch."))

@@ -1,16 +1,19 @@
-// N:M selection on the CPU, C ABI, no torch headers. The contract is the one in reference.py.
+// N:M selection on the CPU for many weights in one call, C ABI, no torch headers. The contract is in reference.py.
 //
 // A dense weight of any memory format is (outer, m, inner) in memory order: a group is the m entries at a fixed
 // (outer, inner), `inner` elements apart. Linear and channels_last weights have inner = 1, OIHW ones kh * kw.
 //
 // Magnitudes are compared as integers, the bits without the sign, so one code serves every float type of a width.
-// A tile of groups is turned into m rows of keys; all pairs of rows are compared, with no branch and no sort, and each
-// entry's rank is the number of entries that beat it.
+// An entry's rank is the number of entries that beat it, all pairs compared with no branch and no sort: contiguous
+// groups that fit a vector, within it; others as a tile of groups turned into m rows of keys. Threads share the tiles of
+// all weights evenly.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GLIBC__)
 // One portable binary that uses the vectors of the machine it runs on.
@@ -18,52 +21,146 @@
 #else
 #define EVERY_MACHINE
 #endif
+#define INLINE inline __attribute__((always_inline))
 
 namespace {
 
-enum Result { KEEP, MASK, ADD_DROPPED };
+enum Result { KEEP, MASK, ADD_DROPPED, APPLY_MASK };
+enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 
-struct Task {
-    const void* w;
-    void* out;
-    int64_t outer, inner;
-    int n;
-    int nan_key;  // the key of every NaN: infinity's bits + 1
-    float scale;
-};
-
-inline __attribute__((always_inline)) float as_float(uint32_t bits) {
+INLINE float as_float(uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-template <class Bits> constexpr int tile_groups(int m) { return (m <= 8 ? 1024 : m == 16 ? 512 : 256) / int(sizeof(Bits)); }
+INLINE uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
 
-template <int M, class Bits, class Key, Result RESULT>
-inline __attribute__((always_inline)) void tile(const Task& task, int64_t a0, int na, int64_t b0, int nb) {
-    constexpr int T = tile_groups<Bits>(M);
+// The float types: their bits, the key of every NaN (infinity's bits + 1), and the way to fp32 and back (to the nearest,
+// ties to even).
+
+struct Float32 {
+    using Bits = uint32_t;
+    using Key = int32_t;
+    static constexpr Key nan_key = 0x7F800001;
+    static INLINE float load(Bits w) { return as_float(w); }
+    static INLINE Bits round(float x) { return as_bits(x); }
+};
+
+struct BFloat16 {
+    using Bits = uint16_t;
+    using Key = int16_t;
+    static constexpr Key nan_key = 0x7F81;
+    static INLINE float load(Bits w) { return as_float(uint32_t(w) << 16); }
+    static INLINE Bits round(float x) {
+        const uint32_t bits = as_bits(x);
+        const bool nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+        return Bits(nan ? 0x7FC0 : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    }
+};
+
+struct Float16 {
+    using Bits = uint16_t;
+    using Key = int16_t;
+    static constexpr Key nan_key = 0x7C01;
+    static INLINE float load(Bits w) {
+        const uint32_t size = w & 0x7FFF, rebias = 112 << 23;
+        const float subnormal = as_float(0x3F000000 + size) - 0.5f;  // 0.5 has the last place of subnormals, 2^-24
+        const uint32_t normal = (size << 13) + rebias + (size >= 0x7C00 ? rebias : 0);
+        return as_float((size < 0x400 ? as_bits(subnormal) : normal) | uint32_t(w & 0x8000) << 16);
+    }
+    static INLINE Bits round(float x) {
+        // Signed integers: vectors compare them at once.
+        const int32_t bits = int32_t(as_bits(x)), size = bits & 0x7FFFFFFF, infinity = 0x7C00;
+        const int32_t subnormal = int32_t(as_bits(as_float(size) + 0.5f)) - 0x3F000000;
+        const int32_t normal = std::min((size - (112 << 23) + 0xFFF + (size >> 13 & 1)) >> 13, infinity);
+        const int32_t finite = size < 0x38800000 ? subnormal : normal;
+        return Bits((size > 0x7F800000 ? 0x7E00 : finite) | (bits >> 16 & 0x8000));
+    }
+};
+
+struct Weight {
+    const char* w;
+    char* out;
+    int64_t outer, inner;
+    int n;
+    float scale;
+};
+
+template <class From> constexpr int tile_groups(int m) {
+    return (m <= 8 ? 1024 : m == 16 ? 512 : 256) / int(sizeof(typename From::Bits));
+}
+
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+constexpr int VECTOR = 32;  // bytes
+
+template <class Key> using Vector [[gnu::vector_size(VECTOR)]] = Key;
+
+// Adds, in each lane, whether the entry at that lane's number exclusive or R beats it.
+template <int R, class Key, int... LANE>
+INLINE void beaten_by(Vector<Key>& rank, const Vector<Key>& key, std::integer_sequence<int, LANE...>) {
+    const Vector<Key> other = __builtin_shufflevector(key, key, (LANE ^ R)...);
+    const Vector<Key> earlier_wins_ties = {Key((LANE ^ R) < LANE)...};
+    rank -= other > key - earlier_wins_ties;
+}
+
+// Turns the bits of whole groups into all ones where an entry is kept; R are 0 to m - 2.
+template <class From, class Key, int... R>
+INLINE void keep(Vector<Key>& bits, int n, std::integer_sequence<int, R...>) {
+    constexpr Key SIZE = Key(~(Key(1) << (8 * sizeof(Key) - 1)));
+    const Vector<Key> size = bits & SIZE, key = size > From::nan_key ? From::nan_key - Vector<Key>{} : size;
+    Vector<Key> rank{};
+    (beaten_by<R + 1, Key>(rank, key, std::make_integer_sequence<int, VECTOR / sizeof(Key)>{}), ...);
+    bits = rank < Key(n);
+}
+
+// All ones into `kept` for what is kept of `count` entries of contiguous groups.
+template <int M, class From> INLINE void keep_contiguous(const void* w, typename From::Key* kept, int count, int n) {
+    using Key = typename From::Key;
+    constexpr int LANES = VECTOR / sizeof(Key);
+    for (int p = 0; p < count; p += LANES) {
+        Vector<Key> groups{};
+        const char* at = static_cast<const char*>(w) + p * sizeof(Key);
+        if (p + LANES <= count) std::memcpy(&groups, at, VECTOR);
+        else std::memcpy(&groups, at, (count - p) * sizeof(Key));
+        keep<From, Key>(groups, n, std::make_integer_sequence<int, M - 1>{});
+        std::memcpy(kept + p, &groups, VECTOR);
+    }
+}
+#else
+constexpr int VECTOR = 0;
+template <int M, class From> void keep_contiguous(const void*, typename From::Key*, int, int) {}
+#endif
+
+// All ones into `kept`, in memory order, for what is kept of `na` times `nb` groups, whose lines are `inner` apart.
+template <int M, class From>
+INLINE void keep_tile(const typename From::Bits* __restrict w, typename From::Key* __restrict kept, int64_t inner, int na,
+                      int nb, int n) {
+    using Bits = typename From::Bits;
+    using Key = typename From::Key;
+    constexpr int T = tile_groups<From>(M);
     constexpr Bits SIGN = Bits(Bits(1) << (8 * sizeof(Bits) - 1));
     alignas(64) Key key[M][T];
     alignas(64) Key rank[M][T];
-    const int64_t inner = task.inner, start = a0 * M * inner + b0;
-    const Bits* __restrict w = static_cast<const Bits*>(task.w) + start;
-    const Key nan_key = Key(task.nan_key), n = Key(task.n);
-    // Visits the entries in memory order: entry j of the tile's group t lies at w[p].
-    const auto lines = [na](auto inner, auto nb, auto&& visit) __attribute__((always_inline)) {
+    // Visits the entries in memory order: entry j of the tile's group t lies at p where lines are `stride` apart.
+    const auto lines = [na](auto stride, auto nb, auto&& visit) __attribute__((always_inline)) {
         for (int a = 0; a < na; a++)
             for (int j = 0; j < M; j++)
-                for (int b = 0; b < nb; b++) visit(j, a * nb + b, (int64_t(a) * M + j) * inner + b);
+                for (int b = 0; b < nb; b++) visit(j, a * nb + b, (int64_t(a) * M + j) * stride + b);
     };
-    const auto each = [&](auto&& visit) __attribute__((always_inline)) {
+    const auto each = [&](int64_t stride, auto&& visit) __attribute__((always_inline)) {
         using One = std::integral_constant<int, 1>;
         using Nine = std::integral_constant<int, 9>;
         // Loops of a known length become vector code: contiguous groups, and 3 x 3 kernels in OIHW.
         if (inner == 1) lines(One{}, One{}, visit);
         else if (inner == 9) lines(Nine{}, Nine{}, visit);
-        else lines(inner, nb, visit);
+        else lines(stride, nb, visit);
     };
-    each([&](int j, int t, int64_t p) { key[j][t] = std::min(Key(w[p] & Bits(~SIGN)), nan_key); });
+    each(inner, [&](int j, int t, int64_t p) { key[j][t] = std::min(Key(w[p] & Bits(~SIGN)), From::nan_key); });
     for (int j = 0; j < M; j++) {
         std::fill(key[j] + na * nb, key[j] + T, Key(0));
         std::fill(rank[j], rank[j] + T, Key(j));  // as if every earlier entry won
@@ -75,57 +172,137 @@ inline __attribute__((always_inline)) void tile(const Task& task, int64_t a0, in
                 rank[i][t] += later_wins;
                 rank[j][t] -= later_wins;
             }
-    for (int j = 0; j < M; j++)
-        for (int t = 0; t < T; t++) rank[j][t] = -Key(rank[j][t] < n);  // all ones where kept
-    if (RESULT == KEEP) {
-        Bits* __restrict out = static_cast<Bits*>(task.out) + start;
-        each([&](int j, int t, int64_t p) { out[p] = w[p] & Bits(rank[j][t]); });
-    } else if (RESULT == MASK) {
-        uint8_t* __restrict out = static_cast<uint8_t*>(task.out) + start;
-        each([&](int j, int t, int64_t p) { out[p] = rank[j][t] & 1; });
+    each(nb, [&](int j, int t, int64_t p) { kept[p] = -Key(rank[j][t] < Key(n)); });
+}
+
+// Writes the result of a stretch of memory; how many entries of a mask changed.
+template <class From, class To, Result RESULT>
+INLINE int write(const typename From::Bits* __restrict w, const typename From::Key* __restrict kept, char* result,
+                 int count, float scale) {
+    using Bits = typename From::Bits;
+    int changed = 0;
+    if constexpr (RESULT == MASK) {
+        char* __restrict out = result;
+        for (int p = 0; p < count; p++) {
+            const char now = kept[p] & 1;
+            changed += out[p] != now;
+            out[p] = now;
+        }
     } else {
-        float* __restrict out = static_cast<float*>(task.out) + start;
-        each([&](int j, int t, int64_t p) { out[p] += task.scale * as_float(w[p] & ~uint32_t(rank[j][t])); });
+        auto* __restrict out = reinterpret_cast<typename To::Bits*>(result);
+        for (int p = 0; p < count; p++) {
+            if constexpr (RESULT == ADD_DROPPED)
+                out[p] = To::round(To::load(out[p]) + scale * From::load(w[p] & Bits(~kept[p])));
+            else if constexpr (std::is_same_v<From, To>) out[p] = w[p] & Bits(kept[p]);
+            else out[p] = To::round(From::load(w[p] & Bits(kept[p])));
+        }
     }
+    return changed;
 }
 
-#define INSTANCE(NAME, M, BITS, KEY, RESULT) \
-    EVERY_MACHINE void NAME(const Task& task, int64_t a0, int na, int64_t b0, int nb) { \
-        tile<M, BITS, KEY, RESULT>(task, a0, na, b0, nb); \
+// The tile of the groups (a0 .. a0 + na, b0 .. b0 + nb); how many entries of the mask changed.
+template <int M, class From, class To, Result RESULT>
+INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
+    using Bits = typename From::Bits;
+    alignas(64) typename From::Key kept[M * tile_groups<From>(M)];
+    constexpr int64_t UNIT = RESULT == MASK ? 1 : sizeof(typename To::Bits);
+    const int64_t inner = weight.inner, start = a0 * M * inner + b0;
+    const Bits* w = reinterpret_cast<const Bits*>(weight.w) + start;
+    constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
+    if (FITS && inner == 1) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, weight.n);
+    else keep_tile<M, From>(w, kept, inner, na, nb, weight.n);
+    // A tile of whole lines is one stretch; otherwise each line is, and there is one group along a.
+    const int stretches = nb == inner ? 1 : M, count = na * M * nb / stretches;
+    int changed = 0;
+    for (int i = 0; i < stretches; i++)
+        changed += write<From, To, RESULT>(w + i * inner, kept + i * count, weight.out + UNIT * (start + i * inner), count,
+                                           weight.scale);
+    return changed;
+}
+
+// `weight.w` is a mask here; entries of `weight.out` where it is false become +0.
+template <class Bits> INLINE int apply_mask(const Weight& weight, int64_t start, int count) {
+    const char* __restrict mask = weight.w + start;
+    Bits* __restrict out = reinterpret_cast<Bits*>(weight.out) + start;
+    for (int i = 0; i < count; i++) out[i] = mask[i] ? out[i] : Bits(0);
+    return 0;
+}
+
+using Kernel = int (*)(const Weight&, int64_t, int, int64_t, int);
+
+#define KERNEL(NAME, BODY) \
+    EVERY_MACHINE int NAME(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) { return BODY; }
+#define APPLY(BYTES) KERNEL(apply_##BYTES, (void(b0), void(nb), apply_mask<uint##BYTES##_t>(weight, a0, na)))
+#define SELECT(NAME, M, FROM, TO, RESULT) KERNEL(NAME##_##M, (tile<M, FROM, TO, RESULT>(weight, a0, na, b0, nb)))
+#define SELECTS(M) \
+    SELECT(keep_00, M, Float32, Float32, KEEP) \
+    SELECT(keep_01, M, Float32, BFloat16, KEEP) \
+    SELECT(keep_02, M, Float32, Float16, KEEP) \
+    SELECT(keep_11, M, BFloat16, BFloat16, KEEP) \
+    SELECT(keep_22, M, Float16, Float16, KEEP) \
+    SELECT(mask_0, M, Float32, Float32, MASK) \
+    SELECT(mask_1, M, BFloat16, BFloat16, MASK) \
+    SELECT(mask_2, M, Float16, Float16, MASK) \
+    SELECT(add_0, M, Float32, Float32, ADD_DROPPED) \
+    SELECT(add_1, M, BFloat16, BFloat16, ADD_DROPPED) \
+    SELECT(add_2, M, Float16, Float16, ADD_DROPPED) \
+    Kernel find_##M(int result, int from, int to) { \
+        constexpr Kernel keep[3][3] = { \
+            {keep_00_##M, keep_01_##M, keep_02_##M}, {nullptr, keep_11_##M, nullptr}, {nullptr, nullptr, keep_22_##M}}; \
+        constexpr Kernel mask[3] = {mask_0_##M, mask_1_##M, mask_2_##M}, add[3] = {add_0_##M, add_1_##M, add_2_##M}; \
+        return result == KEEP ? keep[from][to] : result == MASK ? mask[from] : add[from]; \
     }
-#define INSTANCES(M) \
-    INSTANCE(keep4_##M, M, uint32_t, int32_t, KEEP) \
-    INSTANCE(mask4_##M, M, uint32_t, int32_t, MASK) \
-    INSTANCE(add4_##M, M, uint32_t, int32_t, ADD_DROPPED) \
-    INSTANCE(keep2_##M, M, uint16_t, int16_t, KEEP) \
-    INSTANCE(mask2_##M, M, uint16_t, int16_t, MASK)
-INSTANCES(2) INSTANCES(4) INSTANCES(8) INSTANCES(16) INSTANCES(32)
+SELECTS(2) SELECTS(4) SELECTS(8) SELECTS(16) SELECTS(32)
+APPLY(16) APPLY(32) APPLY(64)
 
-using Kernel = void (*)(const Task&, int64_t, int, int64_t, int);
-
-Kernel find(int result, int bytes, int m) {
+// The kernel, and how many groups its tile has.
+std::pair<Kernel, int> find(int result, int from, int to, int m) {
+    if (result == APPLY_MASK) return {to == 2 ? apply_16 : to == 4 ? apply_32 : apply_64, 4096};
 #define CASE(M) \
-    case M: \
-        if (bytes == 4) return result == KEEP ? keep4_##M : result == MASK ? mask4_##M : add4_##M; \
-        return result == KEEP ? keep2_##M : mask2_##M;
+    case M: return {find_##M(result, from, to), from == 0 ? tile_groups<Float32>(M) : tile_groups<BFloat16>(M)};
     switch (m) { CASE(2) CASE(4) CASE(8) CASE(16) CASE(32) }
-    return nullptr;
+    return {};
 }
+
+constexpr int64_t TILES_A_THREAD = 16;  // at least; below that, starting a thread costs more than it saves
 
 }  // namespace
 
-extern "C" int nm_select(int result, int bytes, const void* w, void* out, int64_t outer, int m, int64_t inner, int n,
-                          int nan_key, float scale, int threads) {
-    const Kernel kernel = find(result, bytes, m);
+// Weight i is at w[i], and its result at base + unit * out[i], or left out where that is null. `from` and `to` are the
+// types of weight and result; to apply masks, m is 1, `w` are the masks and `to` is the size of an entry of `out`.
+// The entries of a mask that changed are added to changes[place[i]].
+extern "C" int nm_select(int result, int from, int to, int m, int n, float scale, int64_t count, const int64_t* w,
+                         int64_t base, int64_t unit, const int64_t* out, const int64_t* outer, const int64_t* inner,
+                         const int64_t* place, int64_t* changes, int threads) {
+    const auto [kernel, groups] = find(result, from, to, m);
     if (!kernel) return 1;
-    const Task task{w, out, outer, inner, n, nan_key, scale};
-    const int groups = bytes == 4 ? tile_groups<uint32_t>(m) : tile_groups<uint16_t>(m);
-    const int64_t nb = std::min<int64_t>(inner, groups), na = groups / nb;
-    const int64_t across = (inner + nb - 1) / nb, tiles = (outer + na - 1) / na * across;
-#pragma omp parallel for schedule(static) num_threads(threads) if (tiles > threads)
-    for (int64_t t = 0; t < tiles; t++) {
-        const int64_t a0 = t / across * na, b0 = t % across * nb;
-        kernel(task, a0, int(std::min(na, outer - a0)), b0, int(std::min(nb, inner - b0)));
+    std::vector<int64_t> first(count + 1);  // the tiles before each weight's
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t nb = std::min<int64_t>(inner[i], groups), na = groups / nb;
+        const bool left_out = base + unit * out[i] == 0;
+        first[i + 1] = first[i] + (left_out ? 0 : (outer[i] + na - 1) / na * ((inner[i] + nb - 1) / nb));
+    }
+    const int64_t tiles = first[count];
+    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, tiles / TILES_A_THREAD)));
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int thread = 0; thread < threads; thread++) {
+        int64_t tile = tiles * thread / threads;
+        const int64_t end = tiles * (thread + 1) / threads;
+        for (int64_t i = std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1; tile < end; i++) {
+            const Weight weight{reinterpret_cast<const char*>(w[i]), reinterpret_cast<char*>(base + unit * out[i]),
+                                outer[i], inner[i], n, scale};
+            const int64_t nb = std::min<int64_t>(inner[i], groups), na = groups / nb;
+            const int64_t across = (inner[i] + nb - 1) / nb;
+            int64_t changed = 0;
+            for (; tile < std::min(end, first[i + 1]); tile++) {
+                const int64_t t = tile - first[i], a0 = t / across * na, b0 = t % across * nb;
+                changed += kernel(weight, a0, int(std::min(na, outer[i] - a0)), b0, int(std::min(nb, inner[i] - b0)));
+            }
+            if (changes && changed) {
+#pragma omp atomic
+                changes[place[i]] += changed;
+            }
+        }
     }
     return 0;
 }

@@ -1,32 +1,56 @@
-"""What the compiled kernels share: how a weight lies in memory, and how magnitudes compare as integers."""
+"""How a weight lies in memory, as the compiled kernels see it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-NAN_KEY = {torch.float32: 0x7F800001, torch.bfloat16: 0x7F81, torch.float16: 0x7C01}
-"""The dtypes of the compiled kernels, and the magnitude bits that stand for any NaN: infinity's plus one."""
+from nm_sparsity.core.masks.groups import Dims
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of the compiled kernels; the C kernel numbers them in this order."""
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 """The M of the compiled kernels."""
 
+Layout = tuple[int, int]
+"""``(outer, inner)`` of a weight that is (outer, m, inner) in memory order: a group is one line along m."""
 
-def memory_layout(w: Tensor, m: int, axis: int) -> tuple[int, int] | None:
-    """``(outer, inner)`` such that `w` is (outer, m, inner) in memory order, and a group is one line along m.
 
-    None where the compiled kernels do not apply: another dtype or M, gaps in memory (a slice, an expanded view).
+def memory_layout(w: Tensor, m: int, dims: Dims) -> Layout | None:
+    """The layout of `w` with groups of `m` along the reduction dimensions `dims`.
+
+    None where the compiled kernels do not apply: another dtype or M, gaps in memory (a slice, an expanded view),
+    reduction dimensions that do not follow each other in memory.
     """
-    if w.dtype not in NAN_KEY or m not in GROUP_SIZES:
+    if w.dtype not in TYPES or m not in GROUP_SIZES or not is_dense(w):
         return None
-    if not (w.is_contiguous() or (w.dim() == 4 and w.is_contiguous(memory_format=torch.channels_last))):
-        filled = 1
-        for stride, size in sorted(zip(w.stride(), w.shape, strict=True)):
-            if stride != filled and size != 1:
-                return None
-            filled *= size
-    inner = w.stride(axis)
+    if not w.numel():
+        return 0, 1
+    shape, strides = w.shape, w.stride()
+    inner = filled = 0
+    for d in reversed(dims):
+        if shape[d] == 1:
+            continue
+        if not inner:
+            inner = strides[d]
+        elif strides[d] != filled:
+            return None
+        filled = strides[d] * shape[d]
     return w.numel() // (m * inner), inner
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether `t` fills a stretch of memory, in whatever order of its dimensions."""
+    if t.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:

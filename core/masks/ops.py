@@ -1,30 +1,107 @@
-"""The mask kernels behind ops of the library ``nm_sparsity``, which pick a backend by device.
+"""The mask kernels as ops of the library ``nm_sparsity``, for tracing, and the short way to them for plain tensors.
 
-Every backend fulfils the contract in `reference`. `w` is a dense floating-point tensor of any memory format
+Every kernel fulfils the contract in `reference`. `w` is a dense floating-point tensor of any memory format
 whose `axis` has a size divisible by `m`; callers (`nm_sparsity.core.masks`) have checked that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.autograd import forward_ad
+from torch.export._trace import custom_triton_ops_decomposition_disabled
 
-from nm_sparsity.core.masks import cpu, cuda, reference
+from nm_sparsity.core.masks import cuda, reference
+from nm_sparsity.core.masks.backends import covering, rounds_to
+from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.masks.memory import memory_layout
+from nm_sparsity.core.pattern import NMPattern, Placement
+
+
+def keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None = None) -> Tensor:
+    """`w` with all but the `n` largest of every `m` entries along `axis` set to +0, rounded to `dtype` if one is given.
+
+    Gradients pass straight through, to dropped entries too (Bengio et al., arXiv 1308.3432), in `w`'s dtype.
+    """
+    masked: Any = torch.ops.nm_sparsity.keep_largest
+    if _is_plain(w):
+        masked = _StraightThrough.apply if w.requires_grad and torch.is_grad_enabled() else _keep_largest
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        masked = _Transformable.apply
+    result: Tensor = masked(w, n, m, axis, dtype)
+    return result
+
+
+def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """Boolean mask of what `keep_largest` keeps."""
+    w = w.detach()
+    return _nm_mask(w, n, m, axis) if _is_plain(w) else torch.ops.nm_sparsity.nm_mask(w, n, m, axis)
+
+
+def keep_largest_many(
+    ws: Sequence[Tensor], n: int, m: int, axes: Sequence[int], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """`keep_largest` of many weights in one call, each along its own axis: one node of a traced graph."""
+    return torch.ops.nm_sparsity.keep_largest_many(list(ws), n, m, list(axes), dtype)
+
+
+def _is_plain(w: Tensor) -> bool:
+    """Whether nothing but autograd watches: no tracer, mode, transform or tensor subclass, and `w` has memory."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(w) in (Tensor, torch.nn.Parameter)
+        and not w.is_meta
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None = None) -> Tensor:
+    if dtype is not None and not rounds_to(w.dtype, dtype):
+        return _keep_largest(w, n, m, axis).to(dtype)
+    if (found := covering(w, m, (axis,))) is None:
+        return reference.keep_largest(w, n, m, axis).to(dtype or w.dtype)
+    backend, layout = found
+    out = torch.empty_like(w, dtype=dtype)
+    backend.select("keep", w, out, layout, n, m)
+    return out
+
+
+def _nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+    if (found := covering(w, m, (axis,))) is None:
+        return reference.nm_mask(w, n, m, axis)
+    backend, layout = found
+    out = torch.empty_like(w, dtype=torch.bool)
+    backend.select("mask", w, out, layout, n, m)
+    return out
+
+
+def _keep_largest_many(
+    ws: list[Tensor], n: int, m: int, axes: list[int], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    outs = [torch.empty_like(w, dtype=dtype) for w in ws]  # an op's results may not share memory
+    Batch(ws, [Placement(NMPattern(n, m), (axis,)) for axis in axes]).keep_largest_into_(outs)
+    return outs
+
 
 _library = torch.library.Library("nm_sparsity", "DEF")
-_library.define("keep_largest(Tensor w, int n, int m, int axis) -> Tensor")
+_library.define("keep_largest(Tensor w, int n, int m, int axis, ScalarType? dtype=None) -> Tensor")
 _library.define("nm_mask(Tensor w, int n, int m, int axis) -> Tensor")
-for _key, _backend in {"CompositeExplicitAutograd": reference, "CPU": cpu, "CUDA": cuda}.items():
-    _library.impl("keep_largest", _backend.keep_largest, _key)
-    _library.impl("nm_mask", _backend.nm_mask, _key)
+_library.define("keep_largest_many(Tensor[] ws, int n, int m, int[] axes, ScalarType? dtype=None) -> Tensor[]")
+_library.impl("keep_largest", _keep_largest, "CompositeExplicitAutograd")
+_library.impl("nm_mask", _nm_mask, "CompositeExplicitAutograd")
+_library.impl("keep_largest_many", _keep_largest_many, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nm_sparsity::keep_largest", lib=_library)
-def _fake_keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    return torch.empty_like(w)
+def _fake_keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty_like(w, dtype=dtype)
 
 
 @torch.library.register_fake("nm_sparsity::nm_mask", lib=_library)
@@ -32,19 +109,52 @@ def _fake_nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return torch.empty_like(w, dtype=torch.bool)
 
 
-def _straight_through(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return grad, None, None, None
+@torch.library.register_fake("nm_sparsity::keep_largest_many", lib=_library)
+def _fake_keep_largest_many(
+    ws: list[Tensor], n: int, m: int, axes: list[int], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    return [torch.empty_like(w, dtype=dtype) for w in ws]
+
+
+def _straight_through(ctx: Any, grad: Any) -> tuple[Any, None, None, None, None]:
+    return grad, None, None, None, None  # autograd itself brings it to the dtype of `w`
 
 
 torch.library.register_autograd("nm_sparsity::keep_largest", _straight_through, lib=_library)
+torch.library.register_autograd("nm_sparsity::keep_largest_many", _straight_through, lib=_library)
+
+
+@torch.library.register_torch_dispatch("nm_sparsity::keep_largest", FunctionalTensorMode, lib=_library)
+def _visible_to_compilers(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """Under torch.compile a CUDA weight's op becomes the launch itself, as `torch.library.triton_op` does it."""
+    w, n, m, axis, dtype = (*args, *kwargs.values(), None)[:5]
+    layout = memory_layout(w, m, (axis,))
+    direct = w.is_cuda and cuda.available() and rounds_to(w.dtype, dtype or w.dtype)
+    if layout is None or not direct or custom_triton_ops_decomposition_disabled():
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    with mode:
+        out = torch.empty_like(w, dtype=dtype)
+        cuda.select("keep", w, out, layout, n, m, traced=True)
+        return out
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The op with what an op cannot have, forward-mode derivatives and vmap; slower to call, so only where needed."""
+    """`keep_largest` of a plain tensor: a tenth of what autograd through an op costs."""
 
     @staticmethod
-    def forward(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-        return torch.ops.nm_sparsity.keep_largest(w, n, m, axis)
+    def forward(ctx: Any, w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None) -> Tensor:
+        return _keep_largest(w, n, m, axis, dtype)
+
+    backward = staticmethod(_straight_through)
+
+
+class _Transformable(torch.autograd.Function):
+    """`keep_largest` with what neither an op nor `_StraightThrough` has: forward-mode derivatives and vmap."""
+
+    @staticmethod
+    def forward(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None) -> Tensor:
+        masked: Tensor = torch.ops.nm_sparsity.keep_largest(w, n, m, axis, dtype)
+        return masked
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -57,31 +167,7 @@ class _StraightThrough(torch.autograd.Function):
         return tangent
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, w: Tensor, n: int, m: int, axis: int) -> tuple[Tensor, int]:
-        return _StraightThrough.apply(w.movedim(in_dims[0], 0), n, m, axis + 1), 0
-
-
-def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """`w` with all but the `n` largest of every `m` entries along `axis` set to +0.
-
-    Gradients pass straight through, to dropped entries too (Bengio et al., arXiv 1308.3432).
-    """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _StraightThrough.apply(w, n, m, axis)
-    return torch.ops.nm_sparsity.keep_largest(w, n, m, axis)
-
-
-def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    """Boolean mask of what `keep_largest` keeps."""
-    result: Tensor = torch.ops.nm_sparsity.nm_mask(w.detach(), n, m, axis)
-    return result
-
-
-@torch.no_grad()
-def add_dropped_(target: Tensor, w: Tensor, n: int, m: int, axis: int, scale: float | Tensor) -> Tensor:
-    """``target += scale * (w - keep_largest(w))`` in place, without autograd; returns `target`."""
-    if target.is_cuda:
-        return cuda.add_dropped_(target, w, n, m, axis, scale)
-    if target.is_cpu and not torch.compiler.is_compiling():
-        return cpu.add_dropped_(target, w, n, m, axis, scale)
-    return reference.add_dropped_(target, w, n, m, axis, scale)
+    def vmap(
+        info: Any, in_dims: Any, w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None
+    ) -> tuple[Tensor, int]:
+        return _Transformable.apply(w.movedim(in_dims[0], 0), n, m, axis + 1, dtype), 0

@@ -46,9 +46,20 @@ def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return torch.where(nm_mask(w, n, m, axis), w, out, out=out)
 
 
+def dropped(w: Tensor, n: int, m: int, axis: int) -> Tensor:
+    """`w` with every kept entry replaced by +0: what `keep_largest` takes away."""
+    return torch.where(nm_mask(w, n, m, axis), 0, w)
+
+
+def add_scaled_(target: Tensor, addend: Tensor, scale: float | Tensor) -> Tensor:
+    """``target += scale * addend`` in place, in fp32 (fp64 if either is) and rounded once to `target`'s dtype."""
+    wide = torch.promote_types(torch.promote_types(target.dtype, addend.dtype), torch.float32)
+    return target.copy_(addend.to(wide).mul(scale).add_(target))
+
+
 def add_dropped_(target: Tensor, w: Tensor, n: int, m: int, axis: int, scale: float | Tensor) -> Tensor:
-    """``target += scale * (w - keep_largest(w))``: the SR-STE term, in place, in `target`'s dtype.
+    """``target += scale * (w - keep_largest(w))``: the SR-STE term, in place, computed as `add_scaled_` does.
 
     Where an entry is kept, nothing is added, not even if it is infinite.
     """
-    return target.add_(torch.where(nm_mask(w, n, m, axis), 0, w).mul_(scale))
+    return add_scaled_(target, dropped(w, n, m, axis), scale)

@@ -71,7 +71,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class ClassifierConfig(RunConfig):
     """One training run of an image classifier."""
 
     may_change = (*RunConfig.may_change, "device", "log_every", "checkpoint_every")
@@ -120,7 +120,7 @@ class Config(RunConfig):
         _require(not (self.pretrained and self.init_from), "pretrained and init_from", "given one at a time", "both")
 
 
-RECIPES = Recipes[Config]()
+RECIPES = Recipes[ClassifierConfig]()
 """Every recipe by name."""
 
 get = RECIPES.get
@@ -162,9 +162,9 @@ def _sparsity(pattern: str, method: str, decay: float) -> SparsityConfig:
     return SparsityConfig(pattern=pattern, method=method, decay=decay if method == "sr-ste" else None, exclude=("fc",))
 
 
-def imagenet(model: str, pattern: str, method: str) -> Config:
+def imagenet(model: str, pattern: str, method: str) -> ClassifierConfig:
     """`model` on ImageNet's folders for 120 epochs; ASP for 80 more, after a dense run."""
-    return Config(
+    return ClassifierConfig(
         model=model,
         data=DataConfig(name="imagefolder", root=Path("data/imagenet"), workers=8),
         sparsity=_sparsity(pattern, method, decay=2e-4),
@@ -175,9 +175,9 @@ def imagenet(model: str, pattern: str, method: str) -> Config:
     )
 
 
-def small(data: DataConfig, pattern: str, method: str, decay: float) -> Config:
+def small(data: DataConfig, pattern: str, method: str, decay: float) -> ClassifierConfig:
     """ResNet-8 on a data set of small images."""
-    return Config(
+    return ClassifierConfig(
         model="resnet8_small",
         data=data,
         sparsity=_sparsity(pattern, method, decay),

@@ -21,7 +21,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from nm_sparsity.classification import distributed
-from nm_sparsity.classification.configs import Config, DataConfig
+from nm_sparsity.classification.configs import ClassifierConfig, DataConfig
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments import fashion_mnist
 
@@ -78,7 +78,9 @@ def load_splits(config: DataConfig) -> Splits:
     return {"digits": _digits, "fashion-mnist": _fashion_mnist, "imagefolder": _image_folder}[config.name](config)
 
 
-def train_batches(images: Images, config: Config, epoch: int, first_step: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def train_batches(
+    images: Images, config: ClassifierConfig, epoch: int, first_step: int
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """This process's share of each optimizer step of `epoch` from `first_step` on, as `config.accumulation` parts.
 
     The last, incomplete batch of an epoch is left out.
@@ -98,14 +100,14 @@ def train_batches(images: Images, config: Config, epoch: int, first_step: int) -
     return ([next(loaded) for _ in mine] for _ in range(first_step, steps_per_epoch(images, config)))
 
 
-def eval_batches(images: Images, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+def eval_batches(images: Images, config: ClassifierConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of `images`, each exactly once over all processes."""
     mine = list(range(len(images)))[distributed.rank() :: distributed.world()]
     size = max(part_size(config), 256)
     return _load(images, [Part(mine[i : i + size]) for i in range(0, len(mine), size)], config)
 
 
-def steps_per_epoch(images: Images, config: Config) -> int:
+def steps_per_epoch(images: Images, config: ClassifierConfig) -> int:
     """Optimizer steps in one pass over `images`.
 
     Raises:
@@ -116,7 +118,7 @@ def steps_per_epoch(images: Images, config: Config) -> int:
     return len(images) // config.batch_size
 
 
-def part_size(config: Config) -> int:
+def part_size(config: ClassifierConfig) -> int:
     """Images that a process holds at once in training."""
     shares = distributed.world() * config.accumulation
     if config.batch_size % shares:
@@ -127,7 +129,7 @@ def part_size(config: Config) -> int:
     return config.batch_size // shares
 
 
-def _load(images: Images, parts: Sequence[Part], config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+def _load(images: Images, parts: Sequence[Part], config: ClassifierConfig) -> Iterator[tuple[Tensor, Tensor]]:
     loader: Iterable[Any] = DataLoader(
         images,
         sampler=parts,

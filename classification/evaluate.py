@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nm_sparsity.classification import configs, distributed
-from nm_sparsity.classification.configs import Config
+from nm_sparsity.classification.configs import ClassifierConfig
 from nm_sparsity.classification.data import eval_batches, load_splits
 from nm_sparsity.classification.models import build
 from nm_sparsity.core import CheckpointError, SparsityError, frozen, verify
@@ -61,7 +61,7 @@ def evaluate(
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
-    """The mixed-precision block that `Config.amp` names."""
+    """The mixed-precision block that `ClassifierConfig.amp` names."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -120,11 +120,11 @@ def evaluate_checkpoint(arguments: Arguments, device: torch.device) -> Accuracy:
     return evaluate(model, eval_batches(images, config), device, config.amp)
 
 
-def _config(arguments: Arguments, payload: Any, path: Path) -> Config:
+def _config(arguments: Arguments, payload: Any, path: Path) -> ClassifierConfig:
     if arguments.config is not None:
         config = configs.get(arguments.config)
     elif isinstance(payload.get("config"), dict) and METADATA in payload:
-        config = Config.from_dict(payload["config"])
+        config = ClassifierConfig.from_dict(payload["config"])
     else:
         raise SparsityError(
             f"{path} does not say what it is a checkpoint of; name its recipe, e.g. --config resnet50_2to4"

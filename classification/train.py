@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from nm_sparsity.classification import PACKAGES, distributed
-from nm_sparsity.classification.configs import RECIPES, Config, OptimizerConfig
+from nm_sparsity.classification.configs import RECIPES, ClassifierConfig, OptimizerConfig
 from nm_sparsity.classification.data import eval_batches, load_splits, part_size, steps_per_epoch, train_batches
 from nm_sparsity.classification.evaluate import BEST, LATEST, Accuracy, autocast, evaluate, find_checkpoint
 from nm_sparsity.classification.models import build, load_pretrained
@@ -37,7 +37,7 @@ SUMMARY = "summary.json"
 """Written last: a run folder that has it is complete."""
 
 
-def train(config: Config, progress: bool = True) -> dict[str, Any]:
+def train(config: ClassifierConfig, progress: bool = True) -> dict[str, Any]:
     """Train as `config` says, evaluate, finalize, verify; returns what summary.json in the run folder holds.
 
     Raises:
@@ -75,7 +75,7 @@ class Position:
 class Trainer:
     """A run from its config to its summary. All that training changes is saved by `_save` and read by `_resume`."""
 
-    def __init__(self, config: Config, device: torch.device, progress: bool) -> None:
+    def __init__(self, config: ClassifierConfig, device: torch.device, progress: bool) -> None:
         self.config, self.device, self.progress = config, device, progress
         part_size(config)
         self._check_folder()

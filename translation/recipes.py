@@ -20,7 +20,7 @@ Option = str | int | float | bool
 
 
 @dataclass(frozen=True)
-class Config(RunConfig):
+class TransformerConfig(RunConfig):
     """One training run: a prepared corpus, a sparsity, and fairseq's own options."""
 
     # How long to train and how to decode are not what makes a run another one.
@@ -95,7 +95,7 @@ def recorded(run: Path) -> dict[str, Any]:
         raise SparsityError(f"{path} is not the config of a run of ours: remove it, or choose another run") from None
 
 
-RECIPES = Recipes[Config]()
+RECIPES = Recipes[TransformerConfig]()
 """Every recipe by name."""
 
 get = RECIPES.get
@@ -130,7 +130,7 @@ SMOOTHED: dict[str, Option] = {
 _base = RECIPES.add(
     "transformer_base_wmt14_2to4",
     "Transformer base on WMT14 English-German, 2:4 sr-ste (paper: about 27.2 BLEU, dense 27.3)",
-    Config(
+    TransformerConfig(
         data=Path("data/wmt14"),
         sparsity=SparsityConfig(decay=DECAY),
         beam=4,
@@ -183,7 +183,7 @@ for _corpus, _updates, _about in (
     RECIPES.add(
         f"tiny_{_corpus.replace('-', '_')}",
         f"a 2+2-layer Transformer on {_about}",
-        Config(
+        TransformerConfig(
             data=Path("data") / _corpus,
             sparsity=SparsityConfig(decay=DECAY),
             beam=1,
@@ -195,7 +195,7 @@ _decoder = {name: value for name, value in tiny(128, 2).items() if not name.star
 RECIPES.add(
     "tiny_pydoc_topics",
     "a 2-layer Transformer language model on pydoc-topics, 2:4 sr-ste, in two CPU minutes",
-    Config(
+    TransformerConfig(
         data=Path("data/pydoc-topics"),
         sparsity=SparsityConfig(decay=DECAY),
         fairseq={

@@ -22,11 +22,11 @@ from nm_sparsity.core.experiments.recipes import difference
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
 from nm_sparsity.translation import PACKAGES, plugin
 from nm_sparsity.translation.prepare import Prepared
-from nm_sparsity.translation.recipes import RECIPES, Config, recorded
+from nm_sparsity.translation.recipes import RECIPES, TransformerConfig, recorded
 from nm_sparsity.translation.stock import train as fairseq_train
 
 
-def train(config: Config, more: Sequence[str] = ()) -> None:
+def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
     """Run fairseq's trainer in this process, with the arguments `more` after those of `config`.
 
     Raises:
@@ -51,7 +51,7 @@ def train(config: Config, more: Sequence[str] = ()) -> None:
     fairseq_train.cli_main()
 
 
-def _check_folder(config: Config) -> None:
+def _check_folder(config: TransformerConfig) -> None:
     """fairseq resumes whatever is in the folder, and would mix two runs into one."""
     trained = (config.folder / "checkpoint_last.pt").is_file()
     if config.resume and not trained:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nm_sparsity.classification import configs
-from nm_sparsity.classification.configs import Config
+from nm_sparsity.classification.configs import ClassifierConfig
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +25,10 @@ def _one_thread() -> Any:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Callable[..., Config]:
+def tiny(tmp_path: Path) -> Callable[..., ClassifierConfig]:
     """A digits run of 1 epoch in 10 steps; fields of the tree are given as ``optimizer__lr=...``."""
 
-    def make(recipe: str = "digits_2to4", **changes: Any) -> Config:
+    def make(recipe: str = "digits_2to4", **changes: Any) -> ClassifierConfig:
         config = configs.get(recipe)
         config = replace(config, optimizer=replace(config.optimizer, warmup_epochs=0))
         config = replace(config, epochs=1, batch_size=107, log_every=1, folder=tmp_path / "run", device="cpu")

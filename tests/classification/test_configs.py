@@ -4,18 +4,19 @@ import json
 import math
 import re
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nm_sparsity.classification import configs, train
-from nm_sparsity.classification.configs import IMAGENET, RECIPES, Config, OptimizerConfig
+from nm_sparsity.classification.configs import IMAGENET, RECIPES, ClassifierConfig, OptimizerConfig
 from nm_sparsity.classification.models import build
 from nm_sparsity.classification.train import learning_rates
-from nm_sparsity.core import SparsityError
+from nm_sparsity.core import Method, SparsityError
 from nm_sparsity.core.experiments.recipes import difference
+from nm_sparsity.core.methods import base
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
@@ -31,7 +32,7 @@ def test_every_recipe_builds_what_its_name_says(name: str) -> None:
     else:
         assert not report.sparse
     assert config.folder.name == name
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert ClassifierConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize("model", ["resnet18", "resnet50"])
@@ -82,18 +83,18 @@ def test_print_config_shows_the_overridden_tree(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit) as stop:
         train.main(["digits_2to4", "--print-config", *overrides])
     assert stop.value.code == 0
-    config = Config.from_dict(json.loads(capsys.readouterr().out))
+    config = ClassifierConfig.from_dict(json.loads(capsys.readouterr().out))
     assert (config.sparsity.pattern, config.optimizer.lr, config.ema) == ("1:8", 0.3, 0.9)
     assert config.sparsity.exclude == ("fc", "conv1")
     assert config.epochs == configs.get("digits_2to4").epochs
 
 
-def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> Config:
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> ClassifierConfig:
     """The config that ``--print-config`` shows."""
     with pytest.raises(SystemExit) as stop:
         train.main([*arguments, "--print-config"])
     assert stop.value.code == 0
-    return Config.from_dict(json.loads(capsys.readouterr().out))
+    return ClassifierConfig.from_dict(json.loads(capsys.readouterr().out))
 
 
 def test_another_method_leaves_the_recipes_hyperparameters_behind(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,9 +102,18 @@ def test_another_method_leaves_the_recipes_hyperparameters_behind(capsys: pytest
         assert printed(capsys, "digits_2to4", "--method", method).sparsity.decay is None
 
 
-def test_every_hyperparameter_has_a_place_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    config = printed(capsys, "digits_2to4", "--method", "sr-ste", "--hyperparameters", "decay", "0.5")
-    assert config.sparsity.make_method().hyperparameters() == {"decay": 0.5}
+def test_a_method_of_ones_own_is_configured_like_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @dataclass(frozen=True)
+    class Ramped(Method):
+        name = "ramped"
+        decay: float = 2e-4
+        ramp: int = 1000
+
+    monkeypatch.setitem(base._METHODS, "ramped", Ramped)
+    config = printed(capsys, "digits_2to4", "--method", "ramped", "--decay", "0.5", "--hyperparameters", "ramp", "3")
+    assert config.sparsity.make_method() == Ramped(decay=0.5, ramp=3)
     assert train.main(["digits_2to4", "--hyperparameters", "ramp", "3"]) == 1
     assert 'method "sr-ste" has no hyperparameter "ramp"; it takes decay' in capsys.readouterr().err
 
@@ -114,7 +124,7 @@ def test_names_of_the_version_before_still_work_and_say_so(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         train.main([*old, "--print-config"])
     shown = capsys.readouterr()
-    assert Config.from_dict(json.loads(shown.out)) == printed(capsys, *new)
+    assert ClassifierConfig.from_dict(json.loads(shown.out)) == printed(capsys, *new)
     assert [line.split(";")[0] for line in shown.err.splitlines()] == [
         "digits_2by4 is called digits_2to4 now",
         "--folder is called --out now",
@@ -177,8 +187,8 @@ def test_help_lists_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_config_file_of_another_version_is_refused() -> None:
     tree = {**configs.get("digits_2to4").to_dict(), "mixup": 0.2}
-    with pytest.raises(SparsityError, match="Config has no field mixup; it has accumulation"):
-        Config.from_dict(tree)
+    with pytest.raises(SparsityError, match="ClassifierConfig has no field mixup; it has accumulation"):
+        ClassifierConfig.from_dict(tree)
 
 
 def test_two_configs_differ_in_what_makes_them_other_runs() -> None:

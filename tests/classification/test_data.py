@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from nm_sparsity.classification import data, distributed
-from nm_sparsity.classification.configs import Config, DataConfig
+from nm_sparsity.classification.configs import ClassifierConfig, DataConfig
 from nm_sparsity.core import SparsityError
 
-Tiny = Callable[..., Config]
+Tiny = Callable[..., ClassifierConfig]
 
 
 class Numbers(data.Images):
@@ -45,7 +45,7 @@ def test_evaluation_shares_count_every_image_once(n: int, world: int) -> None:
         seen = []
         for rank in range(world):
             as_rank(patch, rank, world)
-            config = Config(batch_size=60)
+            config = ClassifierConfig(batch_size=60)
             seen += [int(i) for _, labels in data.eval_batches(Numbers(n), config) for i in labels]
     assert sorted(seen) == list(range(n))
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from nm_sparsity.classification import evaluate
-from nm_sparsity.classification.configs import Config, DataConfig
+from nm_sparsity.classification.configs import ClassifierConfig, DataConfig
 from nm_sparsity.classification.data import load_splits
 from nm_sparsity.classification.models import build
 from nm_sparsity.classification.train import train
 from nm_sparsity.core.files.io import load
 
-Tiny = Callable[..., Config]
+Tiny = Callable[..., ClassifierConfig]
 
 
 def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, float]:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nm_sparsity.classification.configs import Config
+from nm_sparsity.classification.configs import ClassifierConfig
 from nm_sparsity.classification.train import train
 from nm_sparsity.core.experiments.run import read_metrics
 from nm_sparsity.core.files.io import load
 
-Tiny = Callable[..., Config]
+Tiny = Callable[..., ClassifierConfig]
 TRAIN = "nm_sparsity.classification.train"
 DIGITS = ["digits_2to4", "--device=cpu", "--batch-size=104", "--epochs=1", "--log-every=1", "--decay=1"]
 

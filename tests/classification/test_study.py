@@ -55,7 +55,7 @@ def test_the_demo_trains_reports_verifies_and_says_what_is_next(
 def test_methods_differ_in_nothing_but_the_method() -> None:
     fashion = replace(SMALL, recipe="fashion_mnist_dense", out=Path("out"), length=7, log_every=3)
 
-    def config(run: study.Run) -> configs.Config:
+    def config(run: study.Run) -> configs.ClassifierConfig:
         (command,) = fashion.commands(run)
         assert command[0] == train.__name__
         return configs.RECIPES.from_command_line(command[1:], "train")[0]

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from nm_sparsity.classification import train as train_module
-from nm_sparsity.classification.configs import Config
+from nm_sparsity.classification.configs import ClassifierConfig
 from nm_sparsity.classification.train import Trainer, train
 from nm_sparsity.core import CheckpointError, NMPattern, SparsityError, verify
 from nm_sparsity.core.experiments.run import read_metrics
 from nm_sparsity.core.files.io import load
 from nm_sparsity.core.files.metadata import find_parts
 
-Tiny = Callable[..., Config]
+Tiny = Callable[..., ClassifierConfig]
 
 
-def losses(config: Config) -> list[float]:
+def losses(config: ClassifierConfig) -> list[float]:
     return [line["loss"] for line in read_metrics(config.folder) if "loss" in line]
 
 

@@ -154,7 +154,7 @@ def test_a_file_is_decoded_as_its_run(
     seen = []
     monkeypatch.setattr(module, "translate", lambda *_, **how: seen.append(how) or read_lines(corpus / "test.de"))
     shutil.copy(trained / "checkpoint_best.pt", tmp_path / "best.pt")
-    config = recipes.Config(beam=3, lenpen=0.6)
+    config = recipes.TransformerConfig(beam=3, lenpen=0.6)
     (tmp_path / recipes.CONFIG).write_text(json.dumps({"config": config.to_dict()}))
     evaluate(Options(tmp_path / "best.pt", data=corpus))
     assert seen[0] == {"beam": 3, "lenpen": 0.6}

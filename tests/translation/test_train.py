@@ -34,7 +34,7 @@ def updates(checkpoint: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.Config:
+def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.TransformerConfig:
     """A run of our command that SIGTERM ended after some updates."""
     config = replace(recipes.get("tiny_number_words"), data=corpus, folder=tmp_path_factory.mktemp("stopped") / "run")
     where = ["--data", str(config.data), "--out", str(config.folder)]
@@ -56,7 +56,7 @@ def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.C
 
 
 @pytest.mark.slow
-def test_resuming_after_sigterm_is_exact(stopped: recipes.Config, tmp_path: Path, fairseq: Fairseq) -> None:
+def test_resuming_after_sigterm_is_exact(stopped: recipes.TransformerConfig, tmp_path: Path, fairseq: Fairseq) -> None:
     shutil.copytree(stopped.folder, tmp_path / "stopped")
     done = updates(stopped.folder / "checkpoint_last.pt")
     assert 3 <= done < 100
@@ -66,7 +66,7 @@ def test_resuming_after_sigterm_is_exact(stopped: recipes.Config, tmp_path: Path
     assert equal(*(shadow(tmp_path / name / "checkpoint_last.pt") for name in ("stopped", "straight")))
 
 
-def test_a_run_records_its_config_as_data(stopped: recipes.Config) -> None:
+def test_a_run_records_its_config_as_data(stopped: recipes.TransformerConfig) -> None:
     written = json.loads((stopped.folder / recipes.CONFIG).read_text())
     assert written["config"]["sparsity"]["pattern"] == "2:4"
     assert written["fairseq"] == SMALL
@@ -86,7 +86,7 @@ def test_a_run_records_its_config_as_data(stopped: recipes.Config) -> None:
         ({"init_from": Path(__file__)}, "init_from: None -> "),
     ],
 )
-def test_a_folder_with_another_run(stopped: recipes.Config, change: dict, named: str) -> None:
+def test_a_folder_with_another_run(stopped: recipes.TransformerConfig, change: dict, named: str) -> None:
     before = (stopped.folder / recipes.CONFIG).read_text()
     with pytest.raises(SparsityError, match=rf"holds another run \({named}.*choose another folder with --out"):
         train.train(replace(stopped, **change))
@@ -129,7 +129,7 @@ def test_the_paper_setting_is_vaswanis_base() -> None:
     assert total == pytest.approx(24, abs=0.5)
 
 
-def from_command_line(*arguments: str) -> tuple[recipes.Config, list[str]]:
+def from_command_line(*arguments: str) -> tuple[recipes.TransformerConfig, list[str]]:
     return recipes.RECIPES.from_command_line(arguments, "train", "fairseq-train's options")
 
 
@@ -166,14 +166,16 @@ def test_our_options_take_none_of_fairseqs() -> None:
 def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
     asp = SparsityConfig(method="asp")
     with pytest.raises(SparsityError, match="not a prepared corpus"):
-        train.train(recipes.Config(data=tmp_path, folder=tmp_path / "run"))
+        train.train(recipes.TransformerConfig(data=tmp_path, folder=tmp_path / "run"))
     with pytest.raises(SparsityError, match="ASP prunes a trained dense model: name its run with --init-from"):
-        train.train(recipes.Config(data=corpus, folder=tmp_path / "run", sparsity=asp))
+        train.train(recipes.TransformerConfig(data=corpus, folder=tmp_path / "run", sparsity=asp))
     with pytest.raises(SparsityError, match="there is no checkpoint"):
-        train.train(recipes.Config(data=corpus, folder=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt"))
+        train.train(
+            recipes.TransformerConfig(data=corpus, folder=tmp_path / "run", sparsity=asp, init_from=tmp_path / "no.pt")
+        )
     with pytest.raises(CheckpointError, match=r"cannot resume: .* holds no checkpoint_last\.pt; leave --resume out"):
-        train.train(recipes.Config(data=corpus, folder=tmp_path / "run", resume=True))
+        train.train(recipes.TransformerConfig(data=corpus, folder=tmp_path / "run", resume=True))
     assert not (tmp_path / "run").exists()
     (tmp_path / "file").touch()
     with pytest.raises(SparsityError, match=r"cannot write to the folder .*file: File exists"):
-        train.train(recipes.Config(data=corpus, folder=tmp_path / "file"))
+        train.train(recipes.TransformerConfig(data=corpus, folder=tmp_path / "file"))

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 from nm_sparsity.classification.study import ImageStudy
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, print_next_steps
 from nm_sparsity.core.experiments.conduct import show
-from nm_sparsity.core.experiments.demo import print_next_steps
 from nm_sparsity.core.experiments.run import FINALIZED
 
 DEMO = ImageStudy(

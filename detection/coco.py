@@ -79,6 +79,15 @@ def check(annotations: Path, images: Path, decode: bool = False, masks: bool = F
     )
 
 
+def class_names(annotations: Path) -> tuple[str, ...]:
+    """The names of the categories of an annotation file, in its order; whether it is sound, `check` says.
+
+    Raises:
+        DataError: if it cannot be read as a COCO file.
+    """
+    return tuple(str(entry.get("name")) for entry in _read(annotations)["categories"] if isinstance(entry, dict))
+
+
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         document = json.loads(path.read_text())

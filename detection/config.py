@@ -114,7 +114,7 @@ def set_data(config: Any, folder: Path) -> None:
             ``val``.
 
     Raises:
-        SparsityError: if the training data are not as they should be, or `config` is of another kind of data.
+        SparsityError: if the training annotations cannot be read, or `config` is of another kind of data.
     """
     year = "2017" if (folder / "train2017").is_dir() else ""
 
@@ -131,7 +131,7 @@ def set_data(config: Any, folder: Path) -> None:
                 f"--data needs a config of COCO data: {loader} has {found} where {kind} is expected; start from one "
                 "whose name ends in _coco, or describe the data in a config of your own"
             )
-    classes = coco.check(annotations("train"), folder / f"train{year}").categories
+    classes = coco.class_names(annotations("train"))
     for loader in loaders:
         split = "val" if loader == "test" and not annotations("test").is_file() else loader
         file = annotations(split)

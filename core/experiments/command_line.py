@@ -1,7 +1,8 @@
-"""What every command of ours does alike: one line and an exit status for a mistake, and options that were renamed."""
+"""What commands do alike: one line and an exit status for a mistake, renamed options, what to try next."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
@@ -51,3 +52,11 @@ def present_names(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[
                 break
         result.append(option + equals + value)
     return result
+
+
+def print_next_steps(steps: Mapping[str, str]) -> None:
+    """Print what to try next: ``{what it does: Python module with its arguments}``, for this interpreter."""
+    python = os.path.relpath(sys.executable)
+    print("What to try next:")
+    for what, command in steps.items():
+        print(f"  {python} -m {command}\n      {what}")

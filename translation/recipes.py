@@ -23,7 +23,7 @@ Option = str | int | float | bool
 class TransformerConfig(RunConfig):
     """One training run: a prepared corpus, a sparsity, and fairseq's own options."""
 
-    # How long to train and how to decode are not what makes a run another one.
+    # How long to train and how to decode may change; "run" is what `folder` was called.
     may_change = (*RunConfig.may_change, "beam", "lenpen", "fairseq", "run")
     renamed: ClassVar[Mapping[str, str]] = {**RunConfig.renamed, "--run": "--out"}
 

@@ -156,6 +156,10 @@ def _name(start: str, pattern: str, method: str) -> str:
     return f"{start}_{pattern.replace(':', 'to')}" + ("" if method == "sr-ste" else f"_{method}")
 
 
+def _label(pattern: str, method: str) -> str:
+    return "dense" if method == "dense" else f"{pattern} {method.upper()}"
+
+
 def _sparsity(pattern: str, method: str, decay: float) -> SparsityConfig:
     if method == "dense":
         return SparsityConfig(method="dense", exclude=("fc",))
@@ -188,7 +192,7 @@ def small(data: DataConfig, pattern: str, method: str, decay: float) -> Classifi
 
 
 for _model, _pattern, _method, _published in IMAGENET:
-    _about = " ".join(filter(None, (_model, "on ImageNet,", _pattern, _method)))
+    _about = f"{_model.replace('resnet', 'ResNet-')} on ImageNet, {_label(_pattern, _method)}"
     if _method == "asp":
         _about += f": 80 epochs after {_model}_dense's 120"
     if _published:
@@ -199,7 +203,7 @@ for _model in ("resnet50", "resnet18"):
     _base = get(f"{_model}_2to4")
     RECIPES.add(
         f"{_model}_2to4_finetune",
-        f"{_model} on ImageNet, 2:4 sr-ste from torchvision's trained weights, 30 epochs",
+        f"{_model.replace('resnet', 'ResNet-')} on ImageNet, 2:4 SR-STE from torchvision's trained weights, 30 epochs",
         replace(
             _base,
             pretrained="IMAGENET1K_V1",
@@ -217,6 +221,6 @@ for _data, _decay in (
     for _pattern, _method in (("", "dense"), ("2:4", "sr-ste"), ("1:8", "sr-ste"), ("2:4", "asp")):
         RECIPES.add(
             _name(_data.name.replace("-", "_"), _pattern, _method),
-            " ".join(filter(None, ("ResNet-8 on", f"{_data.name},", _pattern, _method))),
+            f"ResNet-8 on {_data.name}, {_label(_pattern, _method)}",
             small(_data, _pattern, _method, _decay),
         )

@@ -112,7 +112,7 @@ def _build(config: Any) -> Any:
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     """Train what `arguments`, by default the command line's, say."""
-    tyro.cli(train, args=arguments, description=__doc__)
+    tyro.cli(train, args=arguments, prog="python -m nm_sparsity.detection.train", description=__doc__)
 
 
 def train(

@@ -129,7 +129,7 @@ SMOOTHED: dict[str, Option] = {
 # not tell its lambda for translation: see `DECAY`. The learning rates here sum to 24: lambda * sum(lr) is 0.005.
 _base = RECIPES.add(
     "transformer_base_wmt14_2to4",
-    "Transformer base on WMT14 English-German, 2:4 sr-ste (paper: about 27.2 BLEU, dense 27.3)",
+    "Transformer base on WMT14 English-German, 2:4 SR-STE (paper: about 27.2 BLEU, dense 27.3)",
     TransformerConfig(
         data=Path("data/wmt14"),
         sparsity=SparsityConfig(decay=DECAY),
@@ -177,8 +177,8 @@ def tiny(width: int, layers: int) -> dict[str, Option]:
 
 
 for _corpus, _updates, _about in (
-    ("number-words", 800, "number-words, 2:4 sr-ste, in two CPU minutes"),
-    ("libreoffice", 2000, "LibreOffice's easy sentences, 2:4 sr-ste, in a few CPU minutes"),
+    ("number-words", 800, "number-words, 2:4 SR-STE, in two CPU minutes"),
+    ("libreoffice", 2000, "LibreOffice's easy sentences, 2:4 SR-STE, in a few CPU minutes"),
 ):
     RECIPES.add(
         f"tiny_{_corpus.replace('-', '_')}",
@@ -194,7 +194,7 @@ for _corpus, _updates, _about in (
 _decoder = {name: value for name, value in tiny(128, 2).items() if not name.startswith("encoder")}
 RECIPES.add(
     "tiny_pydoc_topics",
-    "a 2-layer Transformer language model on pydoc-topics, 2:4 sr-ste, in two CPU minutes",
+    "a 2-layer Transformer language model on pydoc-topics, 2:4 SR-STE, in two CPU minutes",
     TransformerConfig(
         data=Path("data/pydoc-topics"),
         sparsity=SparsityConfig(decay=DECAY),

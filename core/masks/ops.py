@@ -93,7 +93,7 @@ def _keep_largest_many(
 _library = torch.library.Library("nm_sparsity", "DEF")
 _library.define("keep_largest(Tensor w, int n, int m, int axis, ScalarType? dtype=None) -> Tensor")
 _library.define("nm_mask(Tensor w, int n, int m, int axis) -> Tensor")
-_library.define("keep_largest_many(Tensor[] ws, int n, int m, int[] axes, ScalarType? dtype=None) -> Tensor[]")
+_library.define("keep_largest_many(Tensor[] ws, int n, int m, int[] axes, ScalarType? dtype) -> Tensor[]")
 _library.impl("keep_largest", _keep_largest, "CompositeExplicitAutograd")
 _library.impl("nm_mask", _nm_mask, "CompositeExplicitAutograd")
 _library.impl("keep_largest_many", _keep_largest_many, "CompositeExplicitAutograd")

@@ -529,7 +529,7 @@ def test_opcheck(layout: str) -> None:
     torch.library.opcheck(torch.ops.nm_sparsity.keep_largest.default, (w, 2, 4, axis))
     torch.library.opcheck(torch.ops.nm_sparsity.keep_largest.default, (w, 2, 4, axis, torch.bfloat16))
     torch.library.opcheck(torch.ops.nm_sparsity.nm_mask.default, (w.detach(), 2, 4, axis))
-    torch.library.opcheck(torch.ops.nm_sparsity.keep_largest_many.default, ([w, w.detach()], 2, 4, [axis, axis]))
+    torch.library.opcheck(torch.ops.nm_sparsity.keep_largest_many.default, ([w, w.detach()], 2, 4, [axis, axis], None))
 
 
 def test_compiled_training_equals_eager() -> None:

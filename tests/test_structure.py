@@ -76,6 +76,7 @@ def test_the_package_has_the_public_names_a_version_and_types() -> None:
     assert {path.name for path in (ROOT / "nm_sparsity").iterdir() if path.is_symlink()} == set(FOLDERS)
 
 
+@pytest.mark.slow
 def test_core_needs_little_more_than_torch_and_numpy() -> None:
     others = ["torchvision", "matplotlib", "tensorboard", "tyro", "tqdm", "safetensors", "onnx", "sklearn"]
     code = f"import sys; sys.modules.update(dict.fromkeys({others})); import nm_sparsity.core.__main__"

@@ -99,6 +99,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RESUMED)
 def test_ten_steps_equal_five_and_five_after_an_interruption(
     case: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,6 +163,7 @@ def test_golden_losses(tmp_path: Path) -> None:
     assert found == pytest.approx([float(loss) for loss in golden], rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["2:4", "1:8"])
 def test_sr_ste_moves_masks_less_than_ste(pattern: str, tiny: Tiny, tmp_path: Path) -> None:
     """The paper's claim (section 4) on the demo's model, at the lambda * sum(lr) of its ImageNet run; two seeds."""
@@ -188,6 +190,7 @@ def test_sr_ste_moves_masks_less_than_ste(pattern: str, tiny: Tiny, tmp_path: Pa
     assert max(rates["sr-ste", 0], rates["sr-ste", 1]) < 0.7 * min(rates["ste", 0], rates["ste", 1])
 
 
+@pytest.mark.slow
 def test_mixed_precision_layout_and_accumulation_change_little(tiny: Tiny, tmp_path: Path) -> None:
     base = tiny(optimizer__lr=0.05, batch_size=104, folder=tmp_path / "base")
     train(base)

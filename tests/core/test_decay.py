@@ -246,6 +246,7 @@ def test_an_optimizer_that_chooses_its_own_learning_rate() -> None:
     assert decay_strength(net) is None
 
 
+@pytest.mark.slow
 def test_a_model_unpickled_in_a_fresh_process_decays(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(8, 8, bias=False))
     sparsify(net, "2:4", decay=LAMBDA)

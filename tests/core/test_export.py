@@ -155,6 +155,7 @@ def test_the_product_gets_its_rows_without_gaps(make: Any) -> None:
         torch.testing.assert_close(conv(images), dense(images), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_works_under_compile() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), torch.randn(4, 64).half()
@@ -321,6 +322,7 @@ def test_what_a_gpu_has(
             choose_backend("auto", torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_onnx_keeps_the_zeros_and_the_answers(tmp_path: Path) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -575,6 +575,7 @@ print(torch.export.export(Sparse(), (torch.randn(4, 8),)).graph)
     assert "nm_sparsity.keep_largest" in exported
 
 
+@pytest.mark.slow
 def test_triton_compiles_for_the_gpus() -> None:
     """In a process of its own: the interpreter of the other tests leaves its marks on Triton."""
     pytest.importorskip("triton")
@@ -604,6 +605,7 @@ def test_without_the_compiled_kernel_it_says_so_once(monkeypatch: pytest.MonkeyP
         cpu.library.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_the_compiled_kernel_takes_as_many_threads_as_torch_does() -> None:
     if cpu.library() is None:

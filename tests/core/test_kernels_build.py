@@ -38,6 +38,7 @@ def test_no_compiler_is_no_failure(source: Path) -> None:
     assert build(source, "/bin/false") == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_without_openmp_there_is_still_a_kernel(source: Path) -> None:
     compiler = source / "compiler"

@@ -163,6 +163,7 @@ def test_compiled_without_graph_breaks_equals_eager(make: Callable[[], nn.Module
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_training_follows_the_weights() -> None:
     """The mask must be computed anew in every compiled call, not folded in at compile time."""
     sparse, _ = twins(mlp, method="sr-ste")

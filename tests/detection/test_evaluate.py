@@ -330,6 +330,7 @@ def test_data_for_a_config_of_another_kind_are_refused(
     assert f"train has {kind} where CocoDataset is expected" in error
 
 
+@pytest.mark.slow
 def test_train_names_a_corrupt_picture(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(data, tmp_path / "data")
     for picture in (tmp_path / "data/train").iterdir():

@@ -135,6 +135,7 @@ def test_ema_averages_the_shadow_weights(make_config: Make, run: Make, tmp_path:
     assert not torch.equal(start[name], second[name])
 
 
+@pytest.mark.slow
 def test_asp_fixes_the_masks_of_the_dense_checkpoint(make_config: Make, run: Make, tmp_path: Path) -> None:
     run(make_config(method="dense"), tmp_path / "dense")
     dense = load(tmp_path / "dense" / "epoch_1.pth")["state_dict"]
@@ -179,6 +180,7 @@ def test_include_exclude_and_patterns_reach_core(make_config: Make, run: Make) -
     assert patterns["backbone.layer3.0.conv1"] == "1:4"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_sad_and_flip_rate_reach_the_log(make_config: Make, run: Make, tmp_path: Path, count: int) -> None:
     """With gradient accumulation, the step that is measured comes an iteration later."""
@@ -212,6 +214,7 @@ def test_testing_leaves_the_model_dense(make_config: Make, trained: Path, tmp_pa
     assert_same(dict(runner.model.state_dict()), load(trained / "epoch_1.pth")["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_pretrained_backbone_is_loaded_before_conversion(
     make_config: Make, run: Make, trained: Path, tmp_path: Path
 ) -> None:

@@ -153,6 +153,7 @@ def test_focal_loss_equals_its_formula_and_gradient(weighted: bool, device: str)
 stand_in_only = pytest.mark.skipif(not ops.install(), reason="mmcv has its own compiled operators")
 
 
+@pytest.mark.slow
 @stand_in_only
 def test_one_line_says_that_the_stand_in_is_used() -> None:
     code = "import nm_sparsity.detection.plugin"

@@ -14,6 +14,7 @@ from nm_sparsity.detection import demo, evaluate, study, train
 from nm_sparsity.detection.study import DetectionStudy
 
 
+@pytest.mark.slow
 def test_the_demo_trains_evaluates_and_is_done_once(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

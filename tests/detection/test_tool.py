@@ -58,6 +58,7 @@ def test_unknown_scripts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.search(r"has no script \"(tset)?\"; it has analysis_tools/.*, test, .*train", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["train", "evaluate", "prepare", "demo", "study", "tool"])
 def test_missing_packages_are_named_with_the_install_line(tmp_path: Path, module: str) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules.update(mmdet=None, tyro=None)")

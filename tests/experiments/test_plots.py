@@ -41,6 +41,7 @@ def test_panels_lie_side_by_side(tmp_path: Path, count: int) -> None:
         assert image.size == (600 * count, 480)
 
 
+@pytest.mark.slow
 def test_importing_loads_no_matplotlib() -> None:
     code = "import sys, nm_sparsity.core.experiments.plots; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -13,9 +13,10 @@ from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, get_type_hi
 
 import tyro
 
-from nm_sparsity.core import SparsityConfig, SparsityError
+from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import present_names, say_renamed
 from nm_sparsity.core.experiments.run import as_json
+from nm_sparsity.core.model.config import SparsityConfig
 from nm_sparsity.core.table import format_table
 
 

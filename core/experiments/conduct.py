@@ -30,9 +30,11 @@ def conduct(study: Study) -> list[Row]:
     study.prepare()
     candidates = study.candidates()
     trying = [run for by_decay in candidates.values() for runs in by_decay.values() for run in runs]
-    known = study.runs({})
+    choices = {key: choose(study, by_decay) for key, by_decay in candidates.items() if len(by_decay) == 1}
+    known = study.runs(choices)
     # What others start from, and what lambda is chosen by, come first.
-    _execute(study, [*(run.start for run in known if run.start), *trying, *(run for run in known if not run.start)], {})
+    first = [*(run.start for run in known if run.start), *trying, *(run for run in known if not run.start)]
+    _execute(study, first, choices)
     choices = {key: choose(study, by_decay) for key, by_decay in candidates.items()}
     _execute(study, study.runs(choices), choices)
     rows = write_report(study, choices)

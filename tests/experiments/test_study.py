@@ -133,9 +133,10 @@ def test_lambda_is_the_best_on_validation_data_and_the_smallest_among_equals(toy
     assert "# toy: 3 of 3 runs" in report
 
 
-def test_a_single_lambda_needs_no_choice(toy: Toy) -> None:
-    conduct(replace(toy, methods=("sr-ste",), decays=(0.3,), seeds=(4,)))
-    assert journal() == ["sr-ste-2to4-0.3-seed4"]
+def test_a_single_lambda_needs_no_choice_and_no_waiting(toy: Toy, capsys: pytest.CaptureFixture[str]) -> None:
+    conduct(replace(toy, methods=("dense", "sr-ste"), decays=(0.3,), seeds=(4,)))
+    assert sorted(journal()) == ["dense-seed4", "sr-ste-2to4-0.3-seed4"]
+    assert capsys.readouterr().out == "2 runs, 2 at a time; follow out/*/train.log\n"
 
 
 def test_dense_runs_that_only_asp_needs_are_not_reported(toy: Toy) -> None:

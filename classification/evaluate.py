@@ -93,7 +93,7 @@ class Arguments:
     split: Literal["test", "val"] = "test"
     """The images to report on, or those held out to choose on."""
     batch_size: int | None = None
-    """Images an evaluation step, if not the config's."""
+    """Images in an evaluation step, if not the config's."""
     device: str = "auto"
     """cpu, cuda, or auto."""
 

@@ -364,7 +364,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("corpus", nargs="?", help=f"one of {', '.join(VOCABULARY)}; or give text files")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make")
     parser.add_argument("--source", type=Path, help="sentences, one per line")
-    parser.add_argument("--target", type=Path, help="their translations, one a line")
+    parser.add_argument("--target", type=Path, help="their translations, one per line")
     parser.add_argument("--source-lang", help="default: the suffix or name of the file, as in train.en or en.txt")
     parser.add_argument("--target-lang")
     parser.add_argument("--text", type=Path, help="plain text for a language model, instead of a parallel corpus")

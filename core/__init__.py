@@ -4,7 +4,7 @@ from nm_sparsity.core.errors import CheckpointError, SparsityError, Verification
 from nm_sparsity.core.files.checkpoint import load_sparsity_state, sparsity_state
 from nm_sparsity.core.files.verify import Verification, verify
 from nm_sparsity.core.masks import keep_largest, nm_mask, satisfies
-from nm_sparsity.core.methods import Method, WeightState, make_method, register
+from nm_sparsity.core.methods import Method, Step, WeightState, make_method, register
 from nm_sparsity.core.model.config import SparsityConfig
 from nm_sparsity.core.model.convert import finalize, sparsify, unsparsify
 from nm_sparsity.core.model.layers import frozen
@@ -23,6 +23,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityError",
     "SparsityReport",
+    "Step",
     "Verification",
     "VerificationError",
     "WeightState",

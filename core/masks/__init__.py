@@ -8,6 +8,7 @@ A group is `m` consecutive entries of the flattening of the *reduction dimension
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nm_sparsity.core.errors import SparsityError
@@ -17,18 +18,19 @@ from nm_sparsity.core.masks.groups import Dims, reduction_last, reduction_size, 
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 
-def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:
+def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,), dtype: torch.dtype | None = None) -> Tensor:
     """`w` with exactly N of every group kept and the others +0; the gradient passes straight through to all of `w`.
 
-    The largest magnitudes survive, the lowest index among equals, NaN before infinity.
+    The largest magnitudes survive, the lowest index among equals, NaN before infinity. With `dtype` the result is
+    rounded to it.
 
     Raises:
         SparsityError: if `w` is not floating point or the reduction size is not a multiple of M.
     """
     n, m = _check(w, pattern, dims)
     if len(dims) == 1:
-        return ops.keep_largest(w, n, m, dims[0])
-    return restore_order(ops.keep_largest(reduction_last(w, dims), n, m, w.dim() - len(dims)), w.shape, dims)
+        return ops.keep_largest(w, n, m, dims[0], dtype)
+    return restore_order(ops.keep_largest(reduction_last(w, dims), n, m, w.dim() - len(dims), dtype), w.shape, dims)
 
 
 def nm_mask(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:

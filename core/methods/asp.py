@@ -11,13 +11,13 @@ checkpoint in between. No channel permutation search.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from nm_sparsity.core import masks
-from nm_sparsity.core.methods.base import Method, WeightState, register
+from nm_sparsity.core.masks.batched import apply_masks_
+from nm_sparsity.core.methods.base import Method, Step, register
 
 
 @register
@@ -31,18 +31,23 @@ class ASP(Method):
 
     name = "asp"
 
-    def before_step(self, w: Tensor, grad: Tensor, state: WeightState, scale: float | Tensor) -> None:
-        if "mask" not in state.memory:
-            state.memory["mask"] = masks.nm_mask(w, state.pattern, state.dims)
-            _zero_dropped(w, state)
-        _zero_dropped(grad, state)
+    def before_step(self, step: Step) -> None:
+        new = [i for i, state in enumerate(step.states) if "mask" not in state.memory]
+        if new and step.moves:
+            masks = step.batch.nm_mask()
+            for i in new:
+                step.states[i].memory["mask"] = masks[i]
+            apply_masks_([step.batch.weights[i] for i in new], [masks[i] for i in new])
+        _apply(step, step.grads)
 
-    def after_step(self, w: Tensor, state: WeightState) -> None:
+    def after_step(self, step: Step) -> None:
         # Momentum from before the mask was fixed would move dropped weights off zero.
-        if "mask" in state.memory:
-            _zero_dropped(w, state)
+        _apply(step, step.batch.weights)
 
 
-def _zero_dropped(t: Tensor, state: WeightState) -> None:
-    mask = state.memory["mask"] = state.memory["mask"].to(t.device)
-    torch.where(mask, t, torch.zeros((), dtype=t.dtype, device=t.device), out=t)
+def _apply(step: Step, targets: Sequence[Tensor | None]) -> None:
+    masked = [(t, state.memory) for t, state in zip(targets, step.states, strict=True) if t is not None]
+    masked = [(t, memory) for t, memory in masked if "mask" in memory]
+    for t, memory in masked:
+        memory["mask"] = memory["mask"].to(t.device)  # one from a file lies on the CPU
+    apply_masks_([t for t, _ in masked], [memory["mask"] for _, memory in masked])

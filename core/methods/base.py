@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field, fields
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
 
+import torch
 from torch import Tensor
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.pattern import NMPattern
+from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.pattern import NMPattern, Placement
 
 
 @dataclass(frozen=True)
@@ -20,29 +22,49 @@ class Method:
     """How sparse weights are trained. Hyperparameters are the dataclass fields; the pattern is not one of them.
 
     A method is stateless: what it remembers of a weight, it keeps in ``state.memory`` (tensors and numbers only),
-    which checkpoints carry. In the hooks, `w` is the shadow weight and `grad` its gradient, of one shape and dtype
-    (fp32 unless the user's weights are not). Under FSDP2 both are this rank's shards: whole rows, so groups are whole.
+    which checkpoints carry.
     """
 
     name: ClassVar[str]
     trains_sparse: ClassVar[bool] = True
 
-    def weight(self, w: Tensor, state: WeightState) -> Tensor:
-        """The weight that the layer computes with: masked, straight-through in backward."""
-        return masks.keep_largest(w, state.pattern, state.dims)
+    def value(self, w: Tensor, state: WeightState) -> Tensor:
+        """What a layer computes with for the shadow weight `w`, in its shape and dtype, without autograd.
 
-    def before_step(self, w: Tensor, grad: Tensor, state: WeightState, scale: float | Tensor) -> None:
-        """Change `grad` in place right before the optimizer's update.
-
-        `scale` is the loss scale that `grad` still carries (1 unless a fused optimizer unscales inside ``step``).
+        The straight-through gradient is not the method's business. Methods that keep this one get the values of all
+        weights of a model in one kernel launch.
         """
+        return masks.keep_largest(w.detach(), state.pattern, state.dims)
 
-    def after_step(self, w: Tensor, state: WeightState) -> None:
-        """Change `w` in place right after the optimizer's update."""
+    def before_step(self, step: Step) -> None:
+        """Change gradients in place, right before the optimizer's update."""
+
+    def after_step(self, step: Step) -> None:
+        """Change weights in place, right after the optimizer's update."""
 
     def hyperparameters(self) -> dict[str, Any]:
         """The hyperparameters by name."""
         return asdict(self)
+
+
+@dataclass
+class Step:
+    """The part of an optimizer step that one method treats: weights of one parameter group, and their gradients.
+
+    All lists have one entry per weight. Weights are fp32 unless the user's are not; under FSDP2 they and the gradients
+    are this rank's rows, so groups are whole.
+    """
+
+    states: list[WeightState]
+    batch: Batch
+    """The weights, for what is done with all of them at once; ``batch.weights`` lists them."""
+    grads: list[Tensor | None]
+    """Of the weights' shapes; None where backward gave none."""
+    scale: float | Tensor
+    """What to multiply with before adding to the gradients: the loss scale where a fused optimizer unscales inside
+    ``step``, negative where the optimizer maximizes, 0 where the step moves no weight."""
+    moves: bool = True
+    """False where the learning rate is 0: no memory of a method should begin with such a step."""
 
 
 @dataclass
@@ -57,6 +79,25 @@ class WeightState:
     """Sum of the learning rates of all optimizer steps so far: lambda * lr_sum is the strength of the decay."""
     preconditioned: bool = False
     """Whether an adaptive optimizer stepped it, under which the strength has no natural scale."""
+    writes: int = field(default=0, compare=False)
+    """How often something was written to the weight through what the layer handed out: values kept before are stale."""
+    lost: bool = field(default=False, compare=False)
+    """Whether something was written to what the layer handed out in a way that could not be sent on."""
+
+    @property
+    def placement(self) -> Placement:
+        """The pattern and the reduction dimensions."""
+        return Placement(self.pattern, self.dims)
+
+    @property
+    def batched(self) -> bool:
+        """Whether values come from `keep_largest`, for all weights of a model at once."""
+        return type(self.method).value is Method.value
+
+    def value(self, w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The method's value for the shadow weight `w`, without autograd, rounded to `dtype` if one is given."""
+        value = self.method.value(w, self)
+        return (value if dtype is None else value.to(dtype)).data  # with a version counter that starts at 0
 
 
 _METHODS: dict[str, type[Method]] = {}

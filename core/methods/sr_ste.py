@@ -16,11 +16,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from nm_sparsity.core import masks
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.methods.base import Method, WeightState, register
+from nm_sparsity.core.methods.base import Method, Step, register
 
 
 @register
@@ -36,5 +33,5 @@ class SRSTE(Method):
         if not (math.isfinite(self.decay) and self.decay >= 0):
             raise SparsityError(f"decay (lambda) must be a finite number >= 0, found {self.decay}")
 
-    def before_step(self, w: Tensor, grad: Tensor, state: WeightState, scale: float | Tensor) -> None:
-        masks.add_dropped_(grad, w, state.pattern, state.dims, scale * self.decay)
+    def before_step(self, step: Step) -> None:
+        step.batch.add_dropped_(step.grads, step.scale * self.decay)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import Method, WeightState, make_method
-from nm_sparsity.core.model import record
+from nm_sparsity.core.model import bank, record
 from nm_sparsity.core.model.candidates import Candidate, candidates, reduction_dims, why_not_pattern
 from nm_sparsity.core.model.layers import SparseLayer, convert, revert, sparse_layers, sparse_weights
 from nm_sparsity.core.model.report import SparsityReport, WeightReport
@@ -72,6 +72,7 @@ def sparsify(
                 by_module.setdefault(id(module), (module, {}))[1][param_name] = state
     for module, weights in by_module.values():
         convert(module, weights)
+    bank.attach(model)
     record.attach(model, record.Record(chosen_method.name, chosen_method.hyperparameters(), rules.layout))
 
     report = SparsityReport(
@@ -104,7 +105,7 @@ def finalize(model: nn.Module) -> SparsityReport:
     warn_if_weak(model)
     with torch.no_grad():
         for _, param, state in sparse_weights(model):
-            param.copy_(state.method.weight(param, state))
+            param.copy_(state.value(param))
     table = record.table(model)
     _revert_all(model)
     record.detach(model)
@@ -128,6 +129,7 @@ def unsparsify(model: nn.Module) -> None:
 
 
 def _revert_all(model: nn.Module) -> None:
+    bank.detach(model)
     for _, layer in list(sparse_layers(model)):
         assert isinstance(layer, nn.Module)
         revert(layer)

@@ -6,20 +6,41 @@ computes with the sparse one, while ``_parameters`` and ``state_dict`` keep the 
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 
+from nm_sparsity.core import masks
 from nm_sparsity.core.methods import WeightState
+from nm_sparsity.core.model import bank
+from nm_sparsity.core.model.write_through import hand_out, straight_through
 
-registry: WeakSet[SparseLayer] = WeakSet()
-"""Every sparse layer alive, deep copies and unpickled ones too: where optimizer steps find the shadow weights."""
+_live: dict[int, ref[SparseLayer]] = {}
+_PLAIN = (nn.Parameter, Tensor)
+_GET_PARAMETER = nn.Module.get_parameter.__code__
+"""What looks for a Parameter by name, as Hugging Face's loader does."""
+_blocks = threading.Lock()
+
+
+def live_layers() -> list[SparseLayer]:
+    """Every sparse layer alive, deep copies and unpickled ones too: where optimizer steps find the shadow weights."""
+    # A dict is copied in one go, whatever other threads and the garbage collector do meanwhile.
+    return [layer for reference in list(_live.values()) if (layer := reference()) is not None and layer.nm_weights]
+
+
+def _register(layer: SparseLayer) -> None:
+    key = id(layer)
+    _live[key] = ref(layer, lambda _: _live.pop(key, None))
+    bank.structure_changed()
 
 
 class SparseLayer:
@@ -30,21 +51,11 @@ class SparseLayer:
     """What makes each weight sparse, by parameter name."""
     _nm_raw = False
     """While set, the weight properties return the shadow weights."""
-    _nm_frozen: dict[str, Tensor] | None = None
+    _nm_frozen: dict[tuple[str, torch.dtype], Tensor] | None = None
     """Inside `frozen`: the masked weights computed so far."""
     _nm_blocks = 0
     """How many `frozen` blocks the layer is in."""
     _parameters: dict[str, nn.Parameter | None]
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        for name in self.nm_weights:
-            # Inside forward FSDP2 has gathered a plain tensor; a DTensor that is still one is tensor parallelism.
-            if isinstance(self._parameters.get(name), DTensor):
-                raise RuntimeError(
-                    f"{type(self).__name__}.{name} is a tensor-parallel DTensor: N:M layers support FSDP2's "
-                    "fully_shard and DDP, not tensor parallelism; exclude this layer from sparsify"
-                )
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def apply(self, fn: Callable[[nn.Module], None]) -> SparseLayer:
         """As `nn.Module.apply`, with `fn` seeing the shadow weight, so that initialisers reach it."""
@@ -74,13 +85,14 @@ def convert(module: nn.Module, weights: dict[str, WeightState]) -> None:
     module.__dict__["nm_weights"] = weights
     module.__class__ = _sparse_class(type(module), tuple(weights))  # type: ignore[arg-type]
     assert isinstance(module, SparseLayer)
-    registry.add(module)
+    _register(module)
 
 
 def revert(module: nn.Module) -> None:
     """Give a converted `module` its dense class back. In place; no tensor changes."""
     assert isinstance(module, SparseLayer)
-    registry.discard(module)
+    _live.pop(id(module), None)
+    bank.structure_changed()
     module.__class__ = dense_class(module)  # type: ignore[assignment]
     for key in ("nm_weights", "_nm_raw", "_nm_frozen", "_nm_blocks"):
         module.__dict__.pop(key, None)
@@ -114,20 +126,23 @@ def sparse_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Weight
 def frozen(model: nn.Module) -> Iterator[None]:
     """A block in which each masked weight of `model` is computed once and reused: for evaluation and decoding.
 
-    Weights must not change inside. Reads with gradients enabled are not cached, so training inside stays correct.
+    Weights must not change inside: what is written to them is not seen. Reads with gradients enabled are not cached, so
+    training inside stays correct.
     """
     layers = [layer for _, layer in sparse_layers(model)]
-    for layer in layers:
-        if layer._nm_frozen is None:
-            layer._nm_frozen = {}
-        layer._nm_blocks += 1
+    with _blocks:
+        for layer in layers:
+            if not layer._nm_blocks:
+                layer._nm_frozen = {}
+            layer._nm_blocks += 1
     try:
         yield
     finally:
-        for layer in layers:
-            layer._nm_blocks -= 1
-            if not layer._nm_blocks:
-                layer._nm_frozen = None
+        with _blocks:
+            for layer in layers:
+                layer._nm_blocks -= 1
+                if not layer._nm_blocks:
+                    layer._nm_frozen = None
 
 
 @contextmanager
@@ -148,16 +163,24 @@ def _sparse_class(dense: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 def _rebuild(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     module: Any = dense.__new__(_sparse_class(dense, names))  # type: ignore[arg-type]
-    registry.add(module)
+    _register(module)
     return module
 
 
 def _property(name: str) -> property:
     def get(layer: SparseLayer) -> Any:
-        if name not in layer._parameters and name not in layer.__dict__:
+        parameters = layer._parameters
+        if name in parameters:
+            w = parameters[name]
+        elif name in layer.__dict__:
+            w = layer.__dict__[name]
+        else:
             raise AttributeError(f"{type(layer).__name__} has no {name}: something took its parameter away")
+        state = layer.nm_weights.get(name)
+        if w is None or state is None or layer._nm_raw:
+            return w
         try:
-            return _effective(layer, name)
+            return _effective(layer, name, w, state)
         except AttributeError as error:
             # nn.Module would answer an AttributeError with the dense weight from _parameters, in silence.
             raise RuntimeError(f"the sparse weight {name} of {type(layer).__name__} failed: {error}") from error
@@ -175,22 +198,64 @@ def _property(name: str) -> property:
     return property(get, set_plain, delete)
 
 
-def _effective(layer: SparseLayer, name: str) -> Any:
-    w = layer._parameters[name] if name in layer._parameters else layer.__dict__[name]
-    sparse = layer.nm_weights.get(name)
-    if w is None or sparse is None or layer._nm_raw:
-        return w
+def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
+    """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
     if isinstance(w, DTensor):
-        # FSDP2 reads the attribute outside forward to register its shard.
-        if 0 in sparse.dims:
-            raise RuntimeError(
-                f"{type(layer).__name__}.{name} groups its dimension 0, which FSDP2 shards: "
-                "exclude transposed convolutions from sparsify when using fully_shard"
-            )
+        return _sharded(layer, name, w, state)
+    dtype = w.dtype
+    if dtype == torch.float32 and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(w.device.type):
+        dtype = torch.get_autocast_dtype(w.device.type)  # what autocast would round the value to
+    if torch.compiler.is_dynamo_compiling():
+        traced = bank.value_in_trace(layer, name, w, state, dtype)
+        return _differentiable(w, state, dtype) if traced is None else traced
+    # Function transforms, tracers and modes see nothing but operations.
+    if (
+        type(w) not in _PLAIN
+        or w.is_meta
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return _differentiable(w, state, dtype)
+    if sys._getframe(2).f_code is _GET_PARAMETER:
         return w
-    frozen_weights = layer._nm_frozen
-    if frozen_weights is None or torch.is_grad_enabled():
-        return sparse.method.weight(w, sparse)
-    if name not in frozen_weights:
-        frozen_weights[name] = sparse.method.weight(w, sparse)
-    return frozen_weights[name]
+    if state.lost:
+        raise RuntimeError(
+            f"something was written to {type(layer).__name__}.{name} through a view, detach(), out= or a foreach "
+            "function of it, and did not reach the weight: write to model.get_parameter(...) instead"
+        )
+    watched = False
+    if layer._nm_frozen is not None and not torch.is_grad_enabled():
+        value = layer._nm_frozen.get((name, dtype))
+        if value is None:
+            value = layer._nm_frozen[name, dtype] = state.value(w, dtype)
+    else:
+        value = bank.value_in_pass(layer, name, w, state, dtype)
+        if value is None:
+            value, watched = state.value(w, dtype), True
+    return hand_out(w, value, state, watched)
+
+
+def _sharded(layer: SparseLayer, name: str, w: DTensor, state: WeightState) -> DTensor:
+    """`w` itself, which FSDP2 reads outside of forward to register its shard; inside it has gathered a plain tensor."""
+    if 0 in state.dims:
+        raise RuntimeError(
+            f"{type(layer).__name__}.{name} groups its dimension 0, which FSDP2 shards: "
+            "exclude transposed convolutions from sparsify when using fully_shard"
+        )
+    frame = None if torch.compiler.is_dynamo_compiling() else sys._getframe(2)
+    while frame is not None and not (frame.f_code.co_name == "forward" and frame.f_locals.get("self") is layer):
+        frame = frame.f_back
+    if frame is not None or torch.compiler.is_dynamo_compiling():
+        raise RuntimeError(
+            f"{type(layer).__name__}.{name} is a tensor-parallel DTensor: N:M layers support FSDP2's "
+            "fully_shard and DDP, not tensor parallelism; exclude this layer from sparsify"
+        )
+    return w
+
+
+def _differentiable(w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor:
+    if state.batched:
+        return masks.keep_largest(w, state.pattern, state.dims, dtype)
+    return straight_through(w, state.value(w, dtype))

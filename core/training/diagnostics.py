@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nm_sparsity.core import masks
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.model.layers import sparse_weights
 from nm_sparsity.core.model.wrappers import unwrap
 
@@ -18,8 +20,8 @@ class Flips:
     """SAD between two moments, SAD_{i:j} = ||mask_j - mask_i||_1 (arXiv 2102.04010, section 4), by weight name."""
 
     sad: dict[str, int]
-    weights: dict[str, int]
-    """The size of each weight."""
+    sizes: dict[str, int]
+    """The number of entries of each weight."""
 
     @property
     def total_sad(self) -> int:
@@ -29,12 +31,12 @@ class Flips:
     @property
     def rate(self) -> float:
         """SAD per sparse weight; across one optimizer step this is the flip rate. 0 without sparse weights."""
-        total = sum(self.weights.values())
+        total = sum(self.sizes.values())
         return self.total_sad / total if total else 0.0
 
     def rates(self) -> dict[str, float]:
         """SAD per weight, for each weight tensor."""
-        return {name: sad / self.weights[name] for name, sad in self.sad.items()}
+        return {name: sad / self.sizes[name] for name, sad in self.sad.items()}
 
 
 class MaskTracker:
@@ -46,17 +48,27 @@ class MaskTracker:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrap(model)
-        self._masks = self._now()
+        self._batch = Batch([], [])
+        self._names = self._look()
+        self._masks = self._batch.nm_mask()
 
     def update(self) -> Flips:
-        """The flips since the last `update` or the beginning; the masks now become the ones remembered."""
-        now = self._now()
-        counts = {name: torch.count_nonzero(mask ^ self._masks[name]) for name, mask in now.items()}
-        self._masks = now
-        return Flips({n: int(c) for n, c in counts.items()}, {n: mask.numel() for n, mask in now.items()})
+        """The flips since the last `update` or the beginning; the masks now become the ones remembered.
 
-    def _now(self) -> dict[str, Tensor]:
-        return {
-            name: masks.nm_mask(p.to_local() if isinstance(p, DTensor) else p, sparse.pattern, sparse.dims)
-            for name, p, sparse in sparse_weights(self._model)
-        }
+        Raises:
+            SparsityError: if other weights of the model are sparse than at the beginning.
+        """
+        if self._look() != self._names:
+            raise SparsityError("the model's sparse weights are not those that MaskTracker began with: make a new one")
+        counts = self._batch.update_masks_(self._masks).tolist()
+        sizes = [mask.numel() for mask in self._masks]
+        return Flips(dict(zip(self._names, counts, strict=True)), dict(zip(self._names, sizes, strict=True)))
+
+    @torch.no_grad()
+    def _look(self) -> list[str]:
+        """The names of the sparse weights; the batch follows if tensors were replaced."""
+        found = list(sparse_weights(self._model))
+        local: list[Tensor] = [p.to_local() if isinstance(p, DTensor) else p for _, p, _ in found]
+        if len(local) != len(self._batch.weights) or not all(map(is_, local, self._batch.weights)):
+            self._batch = Batch(local, [state.placement for _, _, state in found])
+        return [name for name, _, _ in found]

@@ -1,7 +1,8 @@
 """Where sparse training touches the optimizer: right before and after each update, with no call of the user's.
 
 Global step hooks of ``torch.optim`` find, at each step of any optimizer, the shadow weights that it holds. By then the
-gradient has been accumulated, reduced over ranks, unscaled and clipped, so lambda keeps its nominal value.
+gradient has been accumulated, reduced over ranks, unscaled and clipped, so lambda keeps its nominal value. A step looks
+at nothing but what its own optimizer holds: other models may be training in other threads.
 """
 
 from __future__ import annotations
@@ -10,51 +11,159 @@ import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from operator import is_
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.methods import WeightState
-from nm_sparsity.core.model import layers
+from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.methods import Method, Step, WeightState
+from nm_sparsity.core.model import bank, layers
+from nm_sparsity.core.training import watchdog
 
-_UNHELD_STEPS = 10
-_unheld: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Shadow weight -> optimizer steps since which it got new gradients and no stepping optimizer held it."""
-_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-"""Gradient -> its version when `_unheld` counted it: a model that is not trained any more is no mistake."""
+_PLAN, _HANDLE, _TREATED = "_nm_plan", "_nm_handle", "_nm_treated"
+"""Attributes of an optimizer: what it holds, our place among its hooks, what was treated in the running step."""
 
 
-class _Held(NamedTuple):
+class _Weight(NamedTuple):
+    layer: layers.SparseLayer
+    name: str
     param: nn.Parameter
     state: WeightState
-    lr: float | Tensor
+
+
+class _Part:
+    """The weights of one method in one parameter group of an optimizer, which are treated together."""
+
+    def __init__(self, group: int, method: Method, weights: list[_Weight]) -> None:
+        self.group = group
+        self.method = method
+        self.weights = weights
+        self.states = [weight.state for weight in weights]
+        self.batch = Batch([_local(w.param, w.state) for w in weights], [w.state.placement for w in weights])
+
+    def step(self, optimizer: Optimizer) -> Step:
+        """What the method sees of the present step."""
+        group = optimizer.param_groups[self.group]
+        grads = [w.param.grad if w.param.grad is None else _local(w.param.grad, w.state) for w in self.weights]
+        # A fused optimizer divides by the loss scale inside step.
+        scale = getattr(optimizer, "grad_scale", None)
+        sign = -1.0 if group.get("maximize") else 1.0
+        scale = sign if scale is None else scale * sign
+        lr = group.get("lr")
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            # Not asked for its value. Whether all gradients are zero too would take a look at all of them.
+            return Step(self.states, self.batch, grads, scale * lr.ne(0))
+        if lr is None or float(lr):
+            return Step(self.states, self.batch, grads, scale)
+        return Step(self.states, self.batch, grads, scale * _any_nonzero(grads), moves=False)
+
+    def count(self, step: Step, lr: float | Tensor, skipped: Tensor | None, preconditioned: bool) -> None:
+        """Add the learning rate of a step to the sums, on the device where it or the skipping is known only there."""
+        treated = [state for state, grad in zip(self.states, step.grads, strict=True) if grad is not None]
+        if isinstance(lr, Tensor) or skipped is not None or isinstance(self.states[0].lr_sum, Tensor):
+            lr = lr if skipped is None else lr * (1 - skipped)
+            sums = self._sums(lr)
+            if len(treated) == len(self.states):
+                sums.add_(lr)
+            else:
+                torch._foreach_add_([t for t, g in zip(sums.unbind(), step.grads, strict=True) if g is not None], lr)
+        else:
+            for state in treated:
+                state.lr_sum = state.lr_sum + lr
+        for state in treated:
+            state.preconditioned |= preconditioned
+
+    def _sums(self, lr: float | Tensor) -> Tensor:
+        """The sums as views of one tensor, so that one launch adds to all; where `lr` lies, if that is a tensor."""
+        first = self.states[0].lr_sum
+        base = first._base if isinstance(first, Tensor) else None
+        device = lr.device if isinstance(lr, Tensor) else None if base is None else base.device
+        if (
+            base is None
+            or base.device != device
+            or any(not isinstance(state.lr_sum, Tensor) or state.lr_sum._base is not base for state in self.states)
+        ):
+            base = torch.empty(len(self.states), device=device)
+            for place, state in zip(base.unbind(), self.states, strict=True):
+                place.copy_(state.lr_sum) if isinstance(state.lr_sum, Tensor) else place.fill_(state.lr_sum)
+                state.lr_sum = place
+        return base
+
+
+class _Plan:
+    """What an optimizer holds, by parameter group and method; made anew when that changes."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.generation = bank.generation()
+        self.held = _parameters(optimizer)
+        groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        found: dict[tuple[int, Method], list[_Weight]] = {}
+        seen: set[int] = set()
+        for layer in layers.live_layers():
+            for name, state in layer.nm_weights.items():
+                param = layer._parameters.get(name)
+                if param is not None and id(param) in groups and id(param) not in seen:
+                    seen.add(id(param))
+                    found.setdefault((groups[id(param)], state.method), []).append(_Weight(layer, name, param, state))
+        self.parts = [_Part(group, method, weights) for (group, method), weights in found.items()]
+        self.ids = frozenset(groups)
+
+    def holds(self, optimizer: Optimizer) -> bool:
+        """Whether `optimizer` still holds what it did, and the layers what they did."""
+        held = _parameters(optimizer)
+        return (
+            self.generation is bank.generation()
+            and len(held) == len(self.held)
+            and all(map(is_, held, self.held))
+            and all(w.layer._parameters.get(w.name) is w.param for part in self.parts for w in part.weights)
+        )
+
+
+def _plan(optimizer: Optimizer) -> _Plan:
+    plan: _Plan | None = optimizer.__dict__.get(_PLAN)
+    if plan is None or not plan.holds(optimizer):
+        with torch.no_grad():
+            plan = optimizer.__dict__[_PLAN] = _Plan(optimizer)
+        if any(p.element_size() < 4 for part in plan.parts for p in part.batch.weights):
+            _warn_half()
+    return plan
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The global hook: makes `_before_step` the last of the optimizer's own, after the user's that clip gradients."""
+    bank.end_passes()
+    if _plan(optimizer).parts or watchdog.alert():
+        if (handle := optimizer.__dict__.get(_HANDLE)) is not None:
+            handle.remove()
+        optimizer.__dict__[_HANDLE] = optimizer.register_step_pre_hook(_before_step)
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _is_nested():
-        return None
-    held = _held(optimizer)
-    with torch.no_grad():
-        for _, sparse, lr in held:
-            sparse.lr_sum = sparse.lr_sum + lr
-            sparse.preconditioned |= not isinstance(optimizer, torch.optim.SGD)
-    _warn_unheld(held)
+    plan: _Plan = optimizer.__dict__[_PLAN]
+    watchdog.look(plan.ids)
+    parts = _own(optimizer, plan)
     positional = len(args) > 1  # args[0] is the optimizer itself
     closure = args[1] if positional else kwargs.get("closure")
     if closure is None:
-        _treat(optimizer, held)
+        _treat(optimizer, parts)
         return None
 
     def treated_closure() -> Any:
         # The backward pass runs inside step (Lightning, LBFGS, SAM), and may add to gradients from before.
         loss = closure()
-        _treat(optimizer, _held(optimizer))
+        _treat(optimizer, parts)
         return loss
 
     if positional:
@@ -62,90 +171,74 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     return args, {**kwargs, "closure": treated_closure}
 
 
+@torch.no_grad()
+def _treat(optimizer: Optimizer, parts: list[_Part]) -> None:
+    """Let each method change the gradients of its weights; the optimizer remembers which, until `_after_step`."""
+    treated = optimizer.__dict__[_TREATED] = []
+    for part in parts:
+        step = part.step(optimizer)
+        if any(grad is not None for grad in step.grads):
+            part.method.before_step(step)
+            treated.append((part, step, optimizer.param_groups[part.group].get("lr")))
+
+
+@torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    with torch.no_grad():
-        for param, sparse, _ in _held(optimizer):
-            w = _local(param, sparse)
-            if w.numel():
-                sparse.method.after_step(w, sparse)
+    bank.end_passes()
+    skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer's, where gradients overflowed
+    for part, step, lr in optimizer.__dict__.pop(_TREATED, ()):
+        part.method.after_step(step)
+        part.count(step, 0.0 if lr is None else lr, skipped, not isinstance(optimizer, torch.optim.SGD))
 
 
-def _is_nested() -> bool:
-    """Whether an optimizer steps inside another's step (ZeroRedundancyOptimizer, SAM), which was treated already.
+def _any_nonzero(grads: list[Tensor | None]) -> Tensor | float:
+    """1 if any gradient is not all zeros, else 0, on the device.
+
+    A step with learning rate 0 and gradients of zeros is none: `torch.distributed.checkpoint` makes it to have
+    optimizer states. One with learning rate 0 and real gradients begins a warm-up, and moves the optimizer's moments.
+    """
+    largest = torch._foreach_norm([grad for grad in grads if grad is not None], torch.inf)
+    return torch.stack([norm.to(largest[0]) for norm in largest]).amax().ne(0) if largest else 0.0
+
+
+def _own(optimizer: Optimizer, plan: _Plan) -> list[_Part]:
+    """The parts of `plan` that no outer step treats: one optimizer may step inside another's step (ZeRO) or closure.
 
     Read off the call stack: a flag would be left behind by a step that raises.
     """
-    frame = sys._getframe(2)  # the wrapper that torch.optim puts around every optimizer's step
-    wrapper = frame.f_code
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        if frame.f_code is wrapper:
-            return True
-    return False
+    outer: set[int] = set()
+    steps = [f for f in _frames() if f.f_code.co_name == "wrapper" and f.f_code.co_filename == torch_optimizer.__file__]
+    if not steps:
+        _warn_no_frame()
+    for frame in steps[1:]:
+        outer.update(map(id, _parameters(frame.f_locals["self"])))
+    if not outer:
+        return plan.parts
+    own = []
+    for part in plan.parts:
+        weights = [weight for weight in part.weights if id(weight.param) not in outer]
+        if weights:
+            own.append(part if len(weights) == len(part.weights) else _Part(part.group, part.method, weights))
+    return own
 
 
-def _treat(optimizer: Optimizer, held: list[_Held]) -> None:
-    """Let each method change the gradients of the weights that `optimizer` holds."""
-    # A fused optimizer divides by the loss scale inside step.
-    scale = getattr(optimizer, "grad_scale", None)
-    scale = 1.0 if scale is None else scale
-    with torch.no_grad():
-        for param, sparse, _ in held:
-            if param.grad is None:
-                continue
-            w, grad = _local(param, sparse), _local(param.grad, sparse)
-            if w.element_size() < 4:
-                _warn_half()
-            if w.numel():
-                sparse.method.before_step(w, grad, sparse, scale)
+def _frames() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
-def _held(optimizer: Optimizer) -> list[_Held]:
-    lr = {id(p): group.get("lr") or 0.0 for group in optimizer.param_groups for p in group["params"]}
-    return [_Held(param, sparse, lr[id(param)]) for param, sparse in _live_weights() if id(param) in lr]
-
-
-def _live_weights() -> Iterator[tuple[nn.Parameter, WeightState]]:
-    """Every shadow weight alive, once also when several modules share it."""
-    seen: set[int] = set()
-    for layer in list(layers.registry):
-        for name, sparse in layer.nm_weights.items():
-            param = layer._parameters.get(name)
-            if param is not None and id(param) not in seen:
-                seen.add(id(param))
-                yield param, sparse
-
-
-def _local(t: Tensor, sparse: WeightState) -> Tensor:
+def _local(t: Tensor, state: WeightState) -> Tensor:
     """`t` itself or, of a sharded one, what this rank holds: whole rows, or an error."""
     if not isinstance(t, DTensor):
         return t
-    if any(not (p == Replicate() or p == Shard(0)) for p in t.placements) or 0 in sparse.dims:
+    if any(not (p == Replicate() or p == Shard(0)) for p in t.placements) or 0 in state.dims:
         raise SparsityError(
             f"a sparse weight of shape {tuple(t.shape)} is sharded as {t.placements}, across its groups: "
             "shard it along dimension 0 (fully_shard's default), and exclude transposed convolutions"
         )
     return t.to_local()
-
-
-def _warn_unheld(held: list[_Held]) -> None:
-    holds = {id(param) for param, _, _ in held}
-    lost = 0
-    for param, _ in _live_weights():
-        grad = param.grad
-        if id(param) in holds:
-            _unheld.pop(param, None)
-        elif grad is not None and param.requires_grad and _seen.get(grad) != grad._version:
-            _seen[grad] = grad._version
-            _unheld[param] = _unheld.get(param, 0) + 1
-            lost += _unheld[param] == _UNHELD_STEPS
-    if lost:
-        warnings.warn(
-            f"{lost} sparse weights got gradients, but no optimizer that made the last {_UNHELD_STEPS} steps holds "
-            "them: neither they nor their decay are applied. Give model.parameters() to a torch.optim optimizer "
-            "that does not copy or flatten them",
-            UserWarning,
-            stacklevel=2,
-        )
 
 
 @cache
@@ -158,5 +251,15 @@ def _warn_half() -> None:
     )
 
 
-register_optimizer_step_pre_hook(_before_step)
+@cache
+def _warn_no_frame() -> None:
+    warnings.warn(
+        "torch.optim's step was not found on the call stack: optimizers that step inside others cannot be told apart, "
+        "and their weights may be decayed twice",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+register_optimizer_step_pre_hook(_begin)
 register_optimizer_step_post_hook(_after_step)

@@ -118,7 +118,7 @@ def main() -> None:
     tracker = MaskTracker(sharded)
     train(sharded, sgd(sharded.parameters()), mine)
     flips = tracker.update()
-    counts = torch.tensor([flips.total_sad, sum(flips.weights.values())])
+    counts = torch.tensor([flips.total_sad, sum(flips.sizes.values())])
     dist.all_reduce(counts)
     results["fsdp2 tracker"] = counts.tolist()
 

@@ -20,6 +20,7 @@ from nm_sparsity.core import CheckpointError, finalize, load_sparsity_state, spa
 from nm_sparsity.core.files.checkpoint import merge, restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
+from nm_sparsity.core.pattern import NMPattern, Placement
 
 
 def make(layout: str = "channel", pattern: str = "2:4", method: str = "sr-ste") -> nn.Sequential:
@@ -297,3 +298,55 @@ def test_files_have_ordinary_permissions(tmp_path: Path) -> None:
     save(tmp_path / "ours.pt", {})
     (tmp_path / "plain").touch()
     assert (tmp_path / "ours.pt").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_of_the_first_format_loads(tmp_path: Path) -> None:
+    """Written at format 1: Linear(8, 4), ReLU, Linear(4, 4) at 2:4 with asp after one step."""
+    path = Path(__file__).parent / "formats" / "format_1.pt"
+    state, metadata = find_parts(load(path), path)
+    assert metadata is not None
+    assert (metadata.method, metadata.layout) == ("asp", "channel")
+    assert metadata.layers == {name: Placement(NMPattern(2, 4), (1,)) for name in ("0.weight", "2.weight")}
+    assert len(verify(path, "2:4").checked) == 2
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 4))
+    sparsify(model, "2:4", method="asp")
+    restore(model, state, metadata)
+    again, entry = split(model)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    assert torch.equal(entry["state"]["0.weight"]["state"]["mask"], state["0.weight"] != 0)
+    assert entry["state"]["0.weight"]["lr_sum"] == 0.1
+
+
+DAMAGE: dict[str, Any] = {
+    "a number": lambda m: 5,
+    "empty": lambda m: {},
+    "format as text": lambda m: {**m, "format": "1"},
+    "no method": lambda m: {k: v for k, v in m.items() if k != "method"},
+    "a list of layers": lambda m: {**m, "layers": []},
+    "no such dimension": lambda m: {**m, "layers": {"0.weight": ("2:4", [7])}},
+    "negative dimension": lambda m: {**m, "layers": {"0.weight": ("2:4", [-1])}},
+    "no dimensions": lambda m: {**m, "layers": {"0.weight": ("2:4", [])}},
+    "half a pattern": lambda m: {**m, "layers": {"0.weight": ("2", [1])}},
+    "a layer without a pattern": lambda m: {**m, "layers": {"0.weight": None}},
+    "dropped as text": lambda m: {**m, "dropped": "much"},
+    "too few dropped": lambda m: {**m, "dropped": {"0.weight": torch.zeros(1)}},
+    "dropped of no weight": lambda m: {**m, "dropped": {"9.weight": torch.zeros(1)}},
+    "tied to nothing": lambda m: {**m, "tied": {"0.weight": "9.weight"}},
+    "state of no weight": lambda m: {**m, "state": {"9.weight": {"lr_sum": 0.0, "preconditioned": False, "state": {}}}},
+    "half a state": lambda m: {**m, "state": {"0.weight": {"lr_sum": 0.0}}},
+    "state as a list": lambda m: {**m, "state": [1]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_metadata_is_one_error_and_changes_nothing(damage: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    state, metadata = split(model)
+    other = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsify(other, "2:4")
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(CheckpointError):
+        restore(other, state, DAMAGE[damage](metadata))
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())

@@ -1,17 +1,21 @@
 """Effective lambda equals nominal lambda under everything that touches gradients between backward and step."""
 
+import copy
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from nm_sparsity.core import decay_strength, finalize, nm_mask, sparsify
+from nm_sparsity.core import decay_strength, finalize, nm_mask, satisfies, sparsify, sparsity_state
 from nm_sparsity.core.model.strength import warn_if_strength_is_weak
 
 LAMBDA, LR = 0.5, 0.25
@@ -278,6 +282,7 @@ def test_an_optimizer_that_does_not_hold_the_weights_is_reported() -> None:
     optimizer = torch.optim.SGD(copies, lr=LR)
     with pytest.warns(UserWarning, match="3 sparse weights got gradients, but no optimizer"):
         for _ in range(10):
+            net.zero_grad()
             loss_of(net).backward()
             optimizer.step()
 
@@ -299,6 +304,164 @@ def test_two_optimizers_that_take_turns_are_not_reported() -> None:
         for net, optimizer in zip((first, second), optimizers, strict=True):
             loss_of(net).backward()
             optimizer.step()
+
+
+def test_a_model_that_accumulates_while_another_steps_is_not_reported() -> None:
+    slow, fast = make_net("sr-ste"), make_net("sr-ste")
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (slow, fast)]
+    for _ in range(15):
+        loss_of(slow).backward()
+        optimizers[1].zero_grad()
+        loss_of(fast).backward()
+        optimizers[1].step()
+    optimizers[0].step()
+
+
+def test_groups_of_what_layers_hand_out_are_reported() -> None:
+    """Grouping by ``isinstance(m.weight, nn.Parameter)``, as detectors do, leaves every sparse weight out."""
+    net = make_net("sr-ste")
+    held = [p for m in net.modules() for p in (getattr(m, "weight", None), getattr(m, "bias", None))]
+    optimizer = torch.optim.SGD([p for p in held if isinstance(p, nn.Parameter)], lr=LR)
+    with pytest.warns(UserWarning, match="3 sparse weights got gradients, but no optimizer"):
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss_of(net).backward()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_decay_shrinks_weights_under_maximize_too(make_optimizer: Any, fused: bool) -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False))
+    sparsify(net, "2:4", decay=LAMBDA)
+    (w,) = net.parameters()
+    before, dropped = w.detach().clone(), ~nm_mask(w, "2:4")
+    optimizer = make_optimizer(net.parameters(), lr=0.001, maximize=True, weight_decay=0.0, fused=fused)
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert (w.detach()[dropped].abs() < before[dropped].abs()).all()
+    assert torch.equal(w.detach()[~dropped], before[~dropped])
+
+
+def test_the_decay_comes_after_a_users_own_hook_that_clips() -> None:
+    net = nn.Sequential(nn.Linear(16, 16, bias=False))
+    sparsify(net, "2:4", decay=50.0)
+    (w,) = net.parameters()
+    before, dropped = w.detach().clone(), ~nm_mask(w, "2:4")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(2):  # also a hook that is registered later
+        optimizer.register_step_pre_hook(lambda *_: (nn.utils.clip_grad_norm_(net.parameters(), 1.0), None)[1])
+        w.grad = torch.zeros_like(w)
+        optimizer.step()
+    torch.testing.assert_close(w.detach()[dropped], before[dropped] * 0.5**2)
+
+
+@pytest.mark.parametrize("method", ["sr-ste", "asp"])
+def test_an_optimizer_of_another_model_inside_a_closure_is_treated(method: str) -> None:
+    torch.manual_seed(0)
+    net, other = make_net(method), nn.Linear(4, 4)
+    inner, outer = torch.optim.SGD(net.parameters(), lr=LR), torch.optim.SGD(other.parameters(), lr=LR)
+
+    def closure() -> Tensor:
+        plain(net, inner)
+        outer.zero_grad()
+        loss = other(torch.ones(1, 4)).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        outer.step(closure)
+    if method == "sr-ste":
+        assert decay_strength(net) == pytest.approx(2 * LAMBDA * LR)
+    else:
+        assert all(satisfies(p, "2:4") for p in net.parameters() if p.dim() > 1)
+
+
+def test_steps_that_move_nothing_count_nothing() -> None:
+    net = make_net("sr-ste")
+    torch.optim.SGD(net.parameters(), lr=LR).step()  # no gradients
+    assert decay_strength(net) is None
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    for inf in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(net) * (float("inf") if inf else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert decay_strength(net) == (None if inf else pytest.approx(LAMBDA * LR))
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("method", ["sr-ste", "asp"])
+def test_the_step_that_makes_optimizer_states_changes_nothing(method: str, tensor_lr: bool) -> None:
+    """torch.distributed.checkpoint makes it, with learning rate 0 and gradients of zeros."""
+    found = []
+    for template in (False, True):
+        net = make_net(method)
+        lr = torch.tensor(1e-3) if tensor_lr else 1e-3
+        optimizer = torch.optim.AdamW(net.parameters(), lr=lr, capturable=False, foreach=not tensor_lr)
+        if template:
+            get_state_dict(net, optimizer)
+            assert all(not state["exp_avg"].any() for state in optimizer.state.values())
+        net.load_state_dict({k: v.flip(-1) for k, v in net.state_dict().items()})
+        plain(net, optimizer)
+        found.append(torch.cat([p.detach().flatten() != 0 for p in net.parameters()]))
+    assert torch.equal(*found)
+
+
+def test_a_learning_rate_that_is_a_tensor_is_added_up_beside_it() -> None:
+    net = make_net("sr-ste")
+    lr = torch.tensor(LR)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    for _ in range(3):
+        optimizer.zero_grad()
+        plain(net, optimizer)
+        lr.mul_(0.5)
+    assert decay_strength(net) == pytest.approx(LAMBDA * LR * (1 + 0.5 + 0.25))
+    net[2].weight.requires_grad = False
+    net[2]._parameters["weight"].grad = None
+    loss_of(net).backward()
+    optimizer.step()
+    state = {name: memory["lr_sum"] for name, memory in sparsity_state(net).items()}
+    assert state == pytest.approx({"0.weight": LR * 1.875, "2.weight": LR * 1.75, "4.weight": LR * 1.875})
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_threads_that_train_and_make_models_do_not_meet(shared: bool) -> None:
+    """At a switch interval of a microsecond; each thread's result equals the one it has alone."""
+
+    def train(seed: int) -> Tensor:
+        torch.manual_seed(0)
+        net = make_net("sr-ste") if shared else copy.deepcopy(template)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss_of(net, seed).backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    template = make_net("sr-ste")
+    alone = [train(seed) for seed in range(3)]
+    stop = threading.Event()
+
+    def make() -> None:
+        while not stop.is_set():
+            copy.deepcopy(template)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    maker = threading.Thread(target=make)
+    try:
+        maker.start()
+        with ThreadPoolExecutor(3) as pool:
+            together = list(pool.map(train, range(3)))
+    finally:
+        stop.set()
+        maker.join()
+        sys.setswitchinterval(before)
+    if not shared:
+        for a, b in zip(alone, together, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_half_precision_weights_are_warned_about() -> None:

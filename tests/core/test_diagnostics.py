@@ -17,7 +17,7 @@ def test_sad_is_the_l1_distance_of_masks() -> None:
     flips = tracker.update()
     # Position 1 left, position 2 entered: two entries of the mask differ.
     assert flips.sad == {"0.weight": 0, "1.weight": 2}
-    assert flips.weights == {"0.weight": 16, "1.weight": 4}
+    assert flips.sizes == {"0.weight": 16, "1.weight": 4}
     assert flips.rate == 2 / 20
     assert flips.rates() == {"0.weight": 0, "1.weight": 0.5}
     with torch.no_grad():

@@ -1,6 +1,9 @@
 """What is converted, what stays dense, and why; and every way to ask for it wrongly."""
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -293,3 +296,16 @@ def test_config_is_the_call_as_data() -> None:
 
 def test_one_pattern_object_may_be_passed() -> None:
     assert sparsify(Net(), NMPattern(1, 8), method=make_method("ste")).sparse[0].pattern == "1:8"
+
+
+@pytest.mark.parametrize("seed", ["0", "1", "2", "3"])
+def test_of_two_reasons_the_report_gives_the_first_owners_whatever_the_hash_seed(seed: str) -> None:
+    code = (
+        "from torch import nn; from nm_sparsity import sparsify\n"
+        "net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)); net[1].weight = net[0].weight\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "print(sparsify(net, exclude=['1', '0']).weights[0].note)"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": seed}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == 'excluded by "0"; tied with 1.weight\n'

@@ -1,0 +1,294 @@
+"""The masked weights of a forward pass: all made in one launch at the first read, gone when the pass ends.
+
+`attach` gives every module with several sparse weights in it a *scope*, the list of them, and a pair of forward hooks.
+The outermost call of such a module in a thread is a *pass*: a whole forward, a submodule that is called by itself, a
+checkpointed block that is recomputed. Where FSDP2 shards the weights of a scope, the calls inside it are passes of
+their own, as each unit is gathered. The first read of a weight in a pass makes the values of all its weights that are
+there, in the dtype that autocast asks for at that moment; one that is written to during the pass is made anew.
+
+Under `torch.compile` the same happens while the graph is traced, which then holds one call for all values.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Container, Iterable
+from operator import is_
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.weak import TensorWeakRef
+
+from nm_sparsity.core import masks
+from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.methods import WeightState
+from nm_sparsity.core.pattern import NMPattern, Placement
+
+_SCOPE = "_nm_scope"
+_generation = object()
+
+
+def structure_changed() -> None:
+    """To be called whenever a layer becomes sparse, is copied, or becomes dense again."""
+    global _generation
+    _generation = object()
+
+
+def generation() -> object:
+    """An object that is another one after `structure_changed`."""
+    return _generation
+
+
+class Member(NamedTuple):
+    """A sparse weight: ``module._parameters[name]``."""
+
+    module: nn.Module
+    name: str
+    state: WeightState
+
+    @property
+    def shadow(self) -> Tensor | None:
+        """The shadow weight; None where the module is sparse no more, or FSDP2 has not gathered the weight."""
+        if self.module.__dict__.get("nm_weights", {}).get(self.name) is not self.state:
+            return None
+        w = self.module._parameters.get(self.name)
+        return None if isinstance(w, DTensor) else w
+
+
+class _Set(NamedTuple):
+    """Shadow weights whose values one launch makes, and their states."""
+
+    weights: list[Tensor]
+    states: list[WeightState]
+    batch: Batch
+
+
+class Scope:
+    """The sparse weights in a module, in its order, and those of the last launch."""
+
+    def __init__(self, members: Iterable[Member]) -> None:
+        self.members = tuple(members)
+        self._keys: set[tuple[int, str]] = set()
+        self._kind: tuple[torch.dtype, torch.device] | None = None
+        self._seen: list[Any] = []
+        self._last = _Set([], [], Batch([], []))
+        self._launch = threading.Lock()  # two threads may run one model
+        self.left_out = 0
+        """For the watchdog: optimizer steps in a row that left the weights out,"""
+        self.gradient: TensorWeakRef | None = None
+        """and the gradient of one of them at the last."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members}  # a copy has modules of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Scope.__init__(self, state["members"])
+
+    def has(self, module: object, name: str) -> bool:
+        """Whether a weight is one of the members."""
+        if not self._keys:
+            self._keys = {(id(member.module), member.name) for member in self.members}
+        return (id(module), name) in self._keys
+
+    def sharded(self) -> bool:
+        """Whether FSDP2 has a weight that is not gathered."""
+        return DTensor in set(map(type, self._parameters()))
+
+    def together(self, like: Tensor, without: Container[int] = ()) -> tuple[list[Tensor], list[WeightState]]:
+        """The shadow weights whose values one launch makes with that of `like`, but those with an id in `without`."""
+        found = {}
+        for member in self.members:
+            w = member.shadow
+            if w is not None and id(w) not in without and w.dtype == like.dtype and w.device == like.device:
+                found[id(w)] = w, member.state
+        batched = [(w, state) for w, state in found.values() if state.batched]
+        return [w for w, _ in batched], [state for _, state in batched]
+
+    def values(self, like: Tensor, without: set[int], dtype: torch.dtype) -> tuple[_Set, list[Tensor]]:
+        """What `together` finds, and its values, in one launch."""
+        with self._launch:
+            kind, now = (like.dtype, like.device), [_generation, *self._parameters()]
+            if without or kind != self._kind or not all(map(is_, now, self._seen)):
+                weights, states = self.together(like, without)
+                self._last = _Set(weights, states, Batch(weights, [state.placement for state in states]))
+                self._kind, self._seen = None if without else kind, now
+            return self._last, self._last.batch.keep_largest(None if dtype == like.dtype else dtype)
+
+    def _parameters(self) -> list[Tensor | None]:
+        return [member.module._parameters.get(member.name) for member in self.members]
+
+
+class _Pass:
+    """One call of a module with a scope."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.depth = 1
+        self.sharded = scope.sharded()
+        self.kept: dict[torch.dtype, dict[int, tuple[Tensor, WeightState, int, int, int]]] = {}
+        """By dtype and the id of the shadow weight: its value, its state, and what tells, as far as that can be seen,
+        that it was written to since, the version counter, the pointer and the number of writes sent on."""
+        self.read: set[int] = set()
+
+    def value(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
+        """The value of the shadow weight `w`, if it is one of the scope's."""
+        kept = self.kept.get(dtype, {}).get(id(w))
+        if kept is None or kept[2] != w._version or kept[3] != w.data_ptr() or kept[4] != state.writes:
+            if w.is_inference() or not self.scope.has(module, name):
+                return None
+            kept = self._make(w, state, dtype, alone=kept is not None or id(w) in self.read or not state.batched)
+        self.read.add(id(w))
+        return kept[0]
+
+    def _make(self, w: Tensor, state: WeightState, dtype: torch.dtype, alone: bool) -> Any:
+        """Make the value of `w`: alone where it was written to or is read in a second dtype, else with all unread."""
+        kept = self.kept.setdefault(dtype, {})
+        if alone:
+            kept[id(w)] = state.value(w, dtype), state, w._version, w.data_ptr(), state.writes
+        else:
+            (weights, states, _), values = self.scope.values(w, self.read, dtype)
+            versions, pointers = [w._version for w in weights], [w.data_ptr() for w in weights]
+            marks = zip(values, states, versions, pointers, [state.writes for state in states], strict=True)
+            kept.update(zip(map(id, weights), marks, strict=True))
+        return kept[id(w)]
+
+    def close(self) -> None:
+        """Note what was written to a value that no layer will hand out again."""
+        for kept in self.kept.values():
+            for value, state, *_ in kept.values():
+                if not value.is_inference() and value._version:
+                    state.lost = True
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.passes: list[_Pass] = []
+        self.trained: dict[int, ref[Scope]] = {}
+
+
+class _Trace:
+    """The pass that `torch.compile` is tracing; its values are nodes of the graph."""
+
+    scope: Scope | None = None
+    values: dict[tuple[int, torch.dtype], Tensor]
+
+
+_thread = _Thread()
+_trace = _Trace()
+
+
+def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
+    """The value of a weight whose shadow weight is `w`, without autograd, if a pass of this thread covers it."""
+    for running in reversed(_thread.passes):
+        value = running.value(module, name, w, state, dtype)
+        if value is not None:
+            return value
+    return None
+
+
+def value_in_trace(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
+    """As `value_in_pass`, straight-through, while a graph is traced."""
+    scope = _trace.scope
+    if scope is None or not state.batched or not scope.has(module, name):
+        return None
+    if (id(w), dtype) not in _trace.values:
+        read = {key for key, _ in _trace.values} - {id(w)}
+        weights, states = scope.together(w, read)
+        values = _traced(weights, [state.placement for state in states], dtype)
+        for other, value in zip(weights, values, strict=True):
+            _trace.values[id(other), dtype] = value
+    return _trace.values[id(w), dtype]
+
+
+def _traced(weights: list[Tensor], placements: list[Placement], dtype: torch.dtype) -> list[Tensor]:
+    """The straight-through values as nodes of a graph: one for each pattern, where groups lie along one dimension."""
+    values: dict[int, Tensor] = {}
+    together: dict[NMPattern, list[int]] = {}
+    for i, (pattern, dims) in enumerate(placements):
+        if len(dims) == 1:
+            together.setdefault(pattern, []).append(i)
+        else:
+            values[i] = masks.keep_largest(weights[i], pattern, dims, dtype)
+    for pattern, places in together.items():
+        ws, axes = [weights[i] for i in places], [placements[i].dims[0] for i in places]
+        made = torch.ops.nm_sparsity.keep_largest_many(ws, pattern.n, pattern.m, axes, dtype)
+        values.update(zip(places, made, strict=True))
+    return [values[i] for i in range(len(weights))]
+
+
+def end_passes() -> None:
+    """Forget the values of this thread's passes, those too that an interrupt left open: weights are about to move."""
+    _thread.passes.clear()
+    _trace.scope = None
+
+
+def trained() -> list[Scope]:
+    """The scopes whose passes recorded gradients in this thread, since `forget_trained`."""
+    return [scope for reference in _thread.trained.values() if (scope := reference()) is not None]
+
+
+def forget_trained() -> None:
+    """See `trained`."""
+    _thread.trained.clear()
+
+
+def attach(model: nn.Module) -> None:
+    """Give `model`, and every module of it with several sparse weights, its scope and hooks."""
+    for module in model.modules():
+        members = [
+            Member(owner, name, state)
+            for owner in module.modules()
+            for name, state in owner.__dict__.get("nm_weights", {}).items()
+        ]
+        if members and (module is model or len(members) > 1) and _SCOPE not in module.__dict__:
+            module.__dict__[_SCOPE] = Scope(members)
+            module.register_forward_pre_hook(_open)
+            module.register_forward_hook(_close, always_call=True)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the scopes and hooks off `model` and its modules."""
+    for module in model.modules():
+        if module.__dict__.pop(_SCOPE, None) is None:
+            continue
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_open, _close)]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def _open(module: nn.Module, args: tuple[Any, ...]) -> None:
+    scope: Scope = module.__dict__[_SCOPE]
+    if torch.compiler.is_dynamo_compiling():
+        if _trace.scope is None or _trace.scope is scope:
+            _trace.scope, _trace.values = scope, {}
+        return
+    _trace.scope = None
+    passes = _thread.passes
+    if passes and passes[-1].scope is scope:
+        passes[-1].depth += 1  # a module that calls itself
+    elif not passes or passes[-1].sharded or not _covers(passes[-1].scope, scope):
+        passes.append(_Pass(scope))
+        if torch.is_grad_enabled():
+            _thread.trained[id(scope)] = ref(scope)
+
+
+def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    scope: Scope = module.__dict__[_SCOPE]
+    if torch.compiler.is_dynamo_compiling():
+        if _trace.scope is scope:
+            _trace.scope, _trace.values = None, {}
+        return
+    passes = _thread.passes
+    if passes and passes[-1].scope is scope:
+        passes[-1].depth -= 1
+        if not passes[-1].depth:
+            passes.pop().close()
+
+
+def _covers(outer: Scope, inner: Scope) -> bool:
+    first = inner.members[0]
+    return outer.has(first.module, first.name)

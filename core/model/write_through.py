@@ -1,0 +1,168 @@
+"""What a sparse layer hands out as its weight: the masked value, tied to the shadow weight in both directions.
+
+Backward, the gradient passes straight through to all of the shadow weight (Bengio et al., arXiv 1308.3432).
+Forward, what is written to it is written to the shadow weight: in-place methods, ``data``, ``grad``,
+``requires_grad`` and hooks, so initialisers, adapters and freezing reach it. Operations on it give plain tensors.
+
+Whoever writes to it takes it for the weight, so from then on this very object shows the shadow weight: initialisers
+that read what they wrote go on rightly, and the next read of ``layer.weight`` is masked again.
+
+A write through a view of it, through ``detach()``, as an ``out=`` argument or in a foreach function cannot be sent on.
+It shows in the version counter of the masked value, and the next use of the weight raises. Two are not seen: one to
+what was read with gradients recorded in a forward pass, which shares the shadow weight's counter, and one through the
+``detach()`` of what was read without, outside a pass, and is held by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nm_sparsity.core.methods import WeightState
+
+_set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class WriteThrough(Tensor):
+    """A masked weight whose writes go to `shadow`, the shadow weight of `state`."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    shadow: Tensor
+    state: WeightState
+    shows_shadow = False
+
+    def _sent(self) -> None:
+        """A write went to the shadow weight, which this object shows from now on; kept values are stale."""
+        self._notice()
+        self.state.writes += 1
+        self.shows_shadow = True
+        _set_data(self, self.shadow.data)
+
+    def _notice(self) -> None:
+        """Note a write that was not sent on, where it shows."""
+
+    @property
+    def data(self) -> Tensor:
+        """The shadow weight's data, dense, to be written to."""
+        self.state.writes += 1  # what is written to it leaves no trace
+        return self.shadow.data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.shadow.data = value
+        self._sent()
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The shadow weight's gradient."""
+        return self.shadow.grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.shadow.grad = value
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether the shadow weight requires a gradient."""
+        return self.shadow.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.shadow.requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> WriteThrough:
+        """As `Tensor.requires_grad_`, of the shadow weight."""
+        self.shadow.requires_grad_(requires_grad)
+        return self
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Any:
+        """As `Tensor.register_hook`, of the shadow weight, so that it outlives this object."""
+        return self.shadow.register_hook(hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Callable[[Tensor], None]) -> Any:
+        """As `Tensor.register_post_accumulate_grad_hook`, of the shadow weight."""
+        return self.shadow.register_post_accumulate_grad_hook(hook)
+
+    def retain_grad(self) -> None:
+        """The gradient is kept anyway: `grad` is that of the shadow weight."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.shadow[index] = value
+        self._sent()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.detach().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().clone().__reduce_ex__(protocol)
+
+
+class _Watched(WriteThrough):
+    """One whose value has a version counter of its own: a write that was not sent on shows when it dies."""
+
+    def _notice(self) -> None:
+        if self._version and not self.shows_shadow and hasattr(self, "state"):
+            self.state.lost = True
+
+    def __del__(self) -> None:
+        self._notice()
+
+
+def _sends(name: str) -> Callable[..., WriteThrough]:
+    def method(self: WriteThrough, *args: Any, **kwargs: Any) -> WriteThrough:
+        getattr(self.shadow, name)(*args, **kwargs)
+        self._sent()
+        return self
+
+    method.__name__, method.__doc__ = name, f"As `Tensor.{name}`, of the shadow weight."
+    return method
+
+
+_AUGMENTED = ("__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__ipow__", "__imod__")
+for _name in dir(Tensor):
+    if _name in _AUGMENTED or (_name.endswith("_") and not _name.startswith("_") and _name not in vars(WriteThrough)):
+        setattr(WriteThrough, _name, _sends(_name))
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _WatchedStraightThrough(_StraightThrough):
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
+        return Tensor._make_subclass(_Watched, value)
+
+
+def straight_through(w: Tensor, value: Tensor) -> Tensor:
+    """`value`, whose gradient goes to all of `w`: a plain tensor, with a version counter of its own."""
+    return _StraightThrough.apply(w, value)
+
+
+def hand_out(w: Tensor, value: Tensor, state: WeightState, watched: bool) -> WriteThrough:
+    """`value`, the masked value of the shadow weight `w`, as what a layer's ``weight`` is.
+
+    Where `watched` is False and gradients are recorded, an alias of `w` gets the value's data: that is the cheapest
+    node there is, a few microseconds with its backward, in C++.
+    """
+    out: WriteThrough
+    watched = watched and not value.is_inference()  # which has no version counter
+    if not torch.is_grad_enabled() or not w.requires_grad:
+        out = Tensor._make_subclass(_Watched if watched else WriteThrough, value)
+    elif watched:
+        out = _WatchedStraightThrough.apply(w, value)
+    else:
+        out = w.as_subclass(WriteThrough)
+        _set_data(out, value)
+    out.shadow, out.state = w, state
+    return out

@@ -1,0 +1,351 @@
+"""The values of a pass equal those of single weights bit for bit, whatever happens around and in between."""
+
+import copy
+import gc
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nm_sparsity.core import finalize, frozen, keep_largest, sparsify, unsparsify
+from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.model import bank
+from nm_sparsity.core.model.layers import sparse_weights
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each launch of values made."""
+    made: list[int] = []
+    original = Batch.keep_largest
+
+    def count(self: Batch, dtype: torch.dtype | None = None) -> list[Tensor]:
+        made.append(len(self.weights))
+        return original(self, dtype)
+
+    monkeypatch.setattr(Batch, "keep_largest", count)
+    return made
+
+
+def masked_twin(model: nn.Module, pattern: str = "2:4") -> nn.Module:
+    """A dense model whose weights are truly masked, for a dense `model` that would be sparsified as a whole."""
+    dense = copy.deepcopy(model)
+    sparsify(model, pattern)
+    for name, param, state in sparse_weights(model):
+        dense.get_parameter(name).data.copy_(keep_largest(param.detach(), state.pattern, state.dims))
+    return dense
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(self.up(x).relu())
+        return y
+
+
+def blocks(n: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block() for _ in range(n)])
+
+
+def assert_same(model: nn.Module, dense: nn.Module, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """Outputs and gradients, bit for bit."""
+    found = []
+    for net in (model, dense):
+        net.zero_grad()
+        y = run(net, x)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in net.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_one_launch_a_pass_and_nothing_is_left(launches: list[int]) -> None:
+    model = blocks()
+    dense, x = masked_twin(model), torch.randn(2, 16)
+    launches.clear()
+    assert_same(model, dense, x, lambda net, x: net(x))
+    assert launches == [6]
+    model[1](x)
+    assert launches == [6, 2], "a block by itself is a pass of its own"
+    assert not bank._thread.passes
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_block_is_one_launch_when_it_is_recomputed(launches: list[int], reentrant: bool) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self:
+                x = checkpoint(block, x, use_reentrant=reentrant)
+            return x
+
+    model = Checkpointed(*blocks())
+    dense, x = masked_twin(model), torch.randn(2, 16, requires_grad=True)
+    launches.clear()
+    assert_same(model, dense, x, lambda net, x: net(x))
+    assert launches == [6, 2, 2, 2]
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "data", "copy_", "swap", "functional_call", "optimizer"])
+def test_a_weight_that_changes_between_two_passes(change: str) -> None:
+    model = blocks()
+    dense, x = masked_twin(model), torch.randn(2, 16)
+    other = {name: value * 1.5 + 0.1 for name, value in model.state_dict().items()}
+    model(x)
+    if change == "functional_call":
+        found = torch.func.functional_call(model, other, x)
+    else:
+        if change == "load_state_dict":
+            model.load_state_dict(other)
+        elif change == "optimizer":
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
+            for name, p in model.named_parameters():
+                p.grad = p.detach() - other[name]
+            sparse = {id(p) for _, p, _ in sparse_weights(model)}
+            for p in model.parameters():  # without the decay, which would go on top
+                p.grad = p.grad if id(p) not in sparse else None
+            optimizer.step()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.copy_(other[name])
+        else:
+            for name, p in model.named_parameters():
+                if change == "data":
+                    p.data = other[name].clone()
+                elif change == "copy_":
+                    p.data.copy_(other[name])
+                else:
+                    p.data, other[name] = other[name], p.data.clone()
+        if change == "swap":
+            other = {name: p.detach().clone() for name, p in model.named_parameters()}
+        found = model(x)
+    for name, _, state in sparse_weights(model):
+        other[name] = keep_largest(other[name], state.pattern, state.dims)
+    dense.load_state_dict(other)
+    assert torch.equal(found, dense(x))
+
+
+def test_a_weight_that_changes_during_a_pass_is_computed_with_as_it_is() -> None:
+    class Momentum(nn.Module):
+        """Updates one branch from the other in its forward, as MoCo and BYOL do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.query(x)
+            with torch.no_grad():
+                for q, k in zip(self.query.parameters(), self.key.parameters(), strict=True):
+                    k.mul_(0.9).add_(q, alpha=0.1)
+            return y + self.key(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Momentum(), torch.randn(2, 16)
+    dense = copy.deepcopy(model)
+    sparsify(model)
+    found = model(x)
+    dense.key.load_state_dict(
+        {n: 0.9 * v + 0.1 * dense.query.state_dict()[n] for n, v in dense.key.state_dict().items()}
+    )
+    for layer in (dense.query, dense.key):
+        layer.weight.data = keep_largest(layer.weight.detach(), "2:4")
+    torch.testing.assert_close(found, dense.query(x) + dense.key(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["autocast opened inside forward", "around it"])
+def test_autocast_gives_half_values_at_once_and_fp32_where_it_is_closed(launches: list[int], inside: bool) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = blocks(), nn.Linear(16, 8)
+            self.seen: list[torch.dtype] = []
+
+        def body(self, x: Tensor) -> Tensor:
+            self.seen.append(self.blocks[0].up.weight.dtype)
+            x = self.blocks(x)
+            with torch.autocast("cpu", enabled=False):
+                self.seen.append(self.head.weight.dtype)
+                return self.head(x.float())  # type: ignore[no-any-return]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if inside:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return self.body(x)
+            return self.body(x)
+
+    model = Mixed()
+    dense, x = masked_twin(model), torch.randn(2, 16)
+    launches.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        assert_same(model, dense, x, lambda net, x: net(x))
+    assert model.seen[:2] == [torch.bfloat16, torch.float32]
+    assert launches == [7, 1], "and what was made in vain for the head is made again, alone"
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_tied_weights_and_attention() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(self.encoder(x)).relu())  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Net()
+    dense, x = masked_twin(model), torch.randn(2, 5, 16)
+    dense.b.weight = dense.a.weight
+    assert_same(model, dense, x, lambda net, x: net(x))
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), dense.eval()(x), rtol=0, atol=1e-6)
+
+
+def test_parts_with_patterns_of_their_own_and_parts_made_dense_again(launches: list[int]) -> None:
+    model = blocks()
+    sparsify(model[0], "2:4")
+    sparsify(model[1:], "1:4")
+    x = torch.randn(2, 16)
+    expected = model(x)
+    assert launches == [2, 2, 2], "the slice that was sparsified is not what is called: its blocks are passes"
+    finalize(model[0])
+    assert torch.equal(model(x), expected)
+    unsparsify(model[2])
+    assert not torch.equal(model(x), expected)
+    assert type(model[2].up) is nn.Linear
+
+
+def test_an_exception_in_a_pass_leaves_nothing_behind() -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.fails = Block(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.block(x)
+            if self.fails:
+                raise ZeroDivisionError
+            return x
+
+    model, x = Failing(), torch.randn(2, 16)
+    dense = masked_twin(model)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    assert not bank._thread.passes
+    with torch.no_grad():
+        model.block.up._parameters["weight"].zero_()
+        dense.block.up.weight.zero_()
+    model.fails = dense.fails = False
+    assert torch.equal(model(x), dense(x))
+
+
+def test_a_model_that_calls_itself(launches: list[int]) -> None:
+    class Recursive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor, depth: int = 3) -> Tensor:
+            x = self.block(x)
+            return self(x, depth - 1) if depth else x
+
+    model = Recursive()
+    dense, x = masked_twin(model), torch.randn(2, 16)
+    launches.clear()
+    assert_same(model, dense, x, lambda net, x: net(x))
+    assert launches == [2]
+    assert not bank._thread.passes
+
+
+def test_copies_and_pickles_have_passes_of_their_own() -> None:
+    model, x = blocks(), torch.randn(2, 16)
+    sparsify(model)
+    twin = copy.deepcopy(model)
+    part = copy.deepcopy(model[1])
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert not twin(x).equal(model(x))
+    assert torch.equal(twin(x), x)
+    assert torch.equal(part(x), model[1](x))
+
+
+def test_a_model_is_freed_with_its_last_reference() -> None:
+    model = blocks()
+    sparsify(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(2, 16)).sum().backward()
+    optimizer.step()
+    gc.collect()
+    seen: list[int] = []
+    gc.disable()
+    try:
+        import weakref
+
+        weakref.finalize(model[0].up._parameters["weight"], seen.append, 1)
+        del model, optimizer
+    finally:
+        gc.enable()
+    assert seen, "no cycle keeps weights alive until the collector runs"
+
+
+def test_two_threads_run_one_model_and_two_models() -> None:
+    one, x = blocks(), torch.randn(2, 16)
+    dense = masked_twin(one)
+    two = blocks(2)
+    sparsify(two)
+    expected, wrong = dense(x), []
+
+    def infer() -> None:
+        with torch.no_grad():
+            wrong.extend(not torch.equal(one(x), expected) for _ in range(50))
+
+    def train() -> None:
+        optimizer = torch.optim.SGD(two.parameters(), lr=0.01)
+        for _ in range(50):
+            optimizer.zero_grad()
+            two(x).sum().backward()
+            optimizer.step()
+
+    threads = [threading.Thread(target=target) for target in (infer, infer, train)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 100
+    assert not any(wrong)
+
+
+def test_frozen_and_passes_agree() -> None:
+    model, x = blocks(), torch.randn(2, 16)
+    dense = masked_twin(model)
+    with torch.no_grad(), frozen(model):
+        assert torch.equal(model(x), dense(x))
+        assert torch.equal(model[0](x), dense[0](x))
+
+
+def test_a_compiled_model_makes_all_values_in_one_call() -> None:
+    calls: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        calls.append([str(n.target) for n in graph.graph.nodes if "nm_sparsity" in str(n.target)])
+        return graph.forward
+
+    model = blocks()
+    dense, x = masked_twin(model), torch.randn(2, 16)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    assert_same(model, dense, x, lambda net, x: compiled(x) if net is model else net(x))
+    assert calls == [["nm_sparsity.keep_largest_many"]]
+    block = torch.compile(model[1], fullgraph=True, backend=backend)
+    assert torch.equal(block(x), dense[1](x))
+    assert bank._trace.scope is None

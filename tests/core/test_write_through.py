@@ -1,0 +1,166 @@
+"""What is written to a sparse layer's weight reaches the shadow weight, or raises."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nm_sparsity.core import keep_largest, sparsify
+
+
+class Reading(nn.Module):
+    """Calls `inside` on its layer in the middle of a forward pass, when all values are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.inside: Callable[[nn.Module], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.inside is not None:
+            self.inside(self.second)
+        return self.second(x)
+
+
+def copied(model: nn.Module, way: str) -> nn.Module:
+    if way == "pickled":
+        return pickle.loads(pickle.dumps(model))  # type: ignore[no-any-return]
+    return copy.deepcopy(model) if way == "copied" else model
+
+
+WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "zeros_": lambda layer: nn.init.zeros_(layer.weight),
+    "normal_": lambda layer: nn.init.normal_(layer.weight),
+    "trunc_normal_": lambda layer: nn.init.trunc_normal_(layer.weight),
+    "kaiming_uniform_": lambda layer: nn.init.kaiming_uniform_(layer.weight),
+    "dirac-like item": lambda layer: layer.weight.__setitem__((0, slice(None)), 3.0),
+    "copy_": lambda layer: layer.weight.copy_(torch.ones(8, 8)),
+    "augmented": lambda layer: layer.weight.__iadd__(1.0),
+    "data": lambda layer: setattr(layer.weight, "data", torch.ones(8, 8)),
+    "data +=": lambda layer: layer.weight.data.add_(1.0),
+    "data.clamp_": lambda layer: layer.weight.data.clamp_(-0.01, 0.01),
+}
+
+
+@pytest.mark.parametrize("way", ["original", "copied", "pickled"])
+@pytest.mark.parametrize("place", ["outside", "inside a pass"])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_reaches_the_weight_as_it_does_a_parameter(write: str, place: str, way: str) -> None:
+    torch.manual_seed(0)
+    dense = Reading()
+    model = copy.deepcopy(dense)
+    sparsify(model, "2:4")
+    model, x = copied(model, way), torch.randn(2, 8)
+
+    @torch.no_grad()
+    def change(layer: nn.Module) -> None:
+        torch.manual_seed(1)
+        WRITES[write](layer)
+
+    change(dense.second)
+    if place == "outside":
+        change(model.second)
+    else:
+        model.inside = change
+    found = model(x)
+    shadow = model.second._parameters["weight"]
+    assert torch.equal(shadow, dense.second.weight)
+    layer = nn.functional.linear(x, keep_largest(model.first._parameters["weight"], "2:4"), model.first.bias)
+    expected = nn.functional.linear(layer, keep_largest(shadow, "2:4"), model.second.bias)
+    assert torch.equal(found, expected), "what is written during a pass is computed with in the same pass"
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_idioms_around_gradients(grad: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    with torch.set_grad_enabled(grad):
+        model[0].weight.requires_grad = False
+        model[1].weight.register_hook(torch.zeros_like)
+        model[1].weight.register_post_accumulate_grad_hook(lambda p: setattr(p, "seen", True))
+    model(torch.randn(2, 8)).sum().backward()
+    frozen, zeroed = (layer._parameters["weight"] for layer in model)
+    assert not frozen.requires_grad
+    assert frozen.grad is None
+    assert zeroed.grad is not None
+    assert not zeroed.grad.any()
+    assert zeroed.seen
+    assert model[1].weight.grad is zeroed.grad
+    model[1].weight.grad = None
+    assert zeroed.grad is None
+    assert model[0].weight.requires_grad_() is not None
+    assert frozen.requires_grad
+
+
+def test_get_parameter_finds_the_parameter() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    assert model.get_parameter("0.weight") is model[0]._parameters["weight"]
+    assert model[0].get_parameter("weight") is model[0]._parameters["weight"]
+
+
+LOST: dict[str, Callable[[Any], object]] = {
+    "orthogonal_": lambda layer: nn.init.orthogonal_(layer.weight),
+    "eye_ (out=)": lambda layer: nn.init.eye_(layer.weight),
+    "a row": lambda layer: layer.weight[0].zero_(),
+    "transposed": lambda layer: layer.weight.t().mul_(2),
+    "detached": lambda layer: layer.weight.detach().zero_(),
+    "foreach": lambda layer: torch._foreach_add_([layer.weight], 1.0),
+}
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["read with gradients", "read without"])
+@pytest.mark.parametrize("write", LOST)
+def test_a_write_that_cannot_be_sent_on_raises_at_the_next_use(write: str, recorded: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    with torch.set_grad_enabled(recorded):
+        reader = SimpleNamespace(weight=model[0].weight)
+    with torch.no_grad():
+        LOST[write](reader)
+    del reader
+    with pytest.raises(RuntimeError, match=r"written to SparseLinear.weight through a view, detach\(\), out="):
+        model(torch.randn(2, 8))
+
+
+def test_a_lost_write_in_a_pass_raises_at_the_next() -> None:
+    model = Reading()
+    sparsify(model, "2:4")
+    model.inside = lambda layer: layer.weight[0].zero_()
+    with torch.no_grad():
+        model(torch.randn(2, 8))
+        with pytest.raises(RuntimeError, match="did not reach the weight"):
+            model(torch.randn(2, 8))
+
+
+def test_operations_give_plain_tensors_and_copies_are_plain() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    weight = model[0].weight
+    assert type(weight * 2) is Tensor
+    assert type(model(torch.randn(2, 8))) is Tensor
+    assert type(copy.deepcopy(weight)) is Tensor
+    assert type(pickle.loads(pickle.dumps(weight))) is Tensor
+    assert torch.equal(weight.detach(), keep_largest(model[0]._parameters["weight"], "2:4"))
+
+
+def test_second_derivatives_pass_through() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    model, x = copy.deepcopy(dense), torch.randn(4, 8, dtype=torch.float64)
+    sparsify(model, "2:4")
+    with torch.no_grad():
+        for layer in (dense[0], dense[2]):
+            layer.weight.copy_(keep_largest(layer.weight, "2:4"))
+    found = []
+    for net in (model, dense):
+        w = net[0]._parameters["weight"]
+        (first,) = torch.autograd.grad(net(x).square().sum(), w, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), w)[0])
+    torch.testing.assert_close(found[0], found[1])

@@ -129,6 +129,13 @@ def _resnet18_cifar() -> nn.Module:
     return cast(nn.Module, model)
 
 
+class TinyLayers(nn.Sequential):
+    """120 linear layers of 32 x 32: a step takes as long as the host needs for each layer."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Linear(32, 32) for _ in range(120)))
+
+
 def compile_layers(model: nn.Module, **options: Any) -> None:
     """Compile `model` in place: a Transformer layer by layer, since layers that are alike are compiled once.
 
@@ -142,7 +149,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, the shape of one example (an image, or one of text with `vocabulary`), and what stays dense in it."""
+    """A model, the shape of one example (an image, features, or text with `vocabulary`), and what stays dense in it."""
 
     build: Callable[[], nn.Module]
     example: tuple[int, ...]
@@ -154,8 +161,8 @@ class Workload:
         shape = (batch, *self.example)
         if self.vocabulary is not None:
             return torch.randint(self.vocabulary, shape, device=device)
-        images = torch.randn(shape, device=device, dtype=dtype)
-        return images.to(memory_format=torch.channels_last)
+        examples = torch.randn(shape, device=device, dtype=dtype)
+        return examples.to(memory_format=torch.channels_last) if examples.dim() == 4 else examples
 
 
 WORKLOADS = {
@@ -165,6 +172,7 @@ WORKLOADS = {
     "resnet18-cifar": Workload(_resnet18_cifar, (3, 32, 32), exclude=("fc",)),
     "transformer-base": Workload(Translation, (64,), 32_000),
     "language-model": Workload(lambda: TextEncoder(6, 512, 8, 2048, 8192, head=True), (512,), 8192, exclude=("head",)),
+    "tiny-layers": Workload(TinyLayers, (32,)),
 }
 
 

@@ -207,7 +207,7 @@ def saved(what: str, device: torch.device, folder: str | Path) -> Iterator[Resul
 
 CHARTS = {
     "masks": ("ns/weight", ("weights", "millions", "pattern", "dtype", "how")),
-    "training": ("overhead", ("model", "variant")),
+    "training": ("overhead", ("model", "optimizer", "launch", "variant")),
     "products": ("speedup", ("layer", "tokens", "dtype", "how", "launch")),
     "models": ("speedup", ("model", "how", "launch")),
 }
@@ -247,7 +247,7 @@ PAGE = Path(__file__).parent / "README.md"
 
 TELLING: dict[str, dict[str, object]] = {
     "masks": {"how": "ours", "pattern": "2:4"},
-    "training": {},
+    "training": {"variant": "SR-STE"},
     "products": {"how": "cusparselt, searched", "launch": "graph", "tokens": 4096},
     "models": {"launch": "compiled, graph"},
 }

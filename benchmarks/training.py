@@ -1,16 +1,18 @@
 """The cost of sparse training: a dense step against STE and SR-STE, ours and the way of the paper's published code.
 
 `python -m nm_sparsity.benchmarks.training`. The variants take their steps in turn; the ratio to the dense step is the
-median over the rounds, with quartiles. A step is forward, backward and SGD with momentum.
+median over the rounds, with quartiles. On a GPU, the time that the host takes to launch a step and the number of its
+kernels stand beside it: a step is slower than its kernels where the host is.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from nm_sparsity.benchmarks import models, report, timing
 from nm_sparsity.benchmarks.masks import published_mask
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import sparsify
+from nm_sparsity.core.deploy.clock import host_seconds
 from nm_sparsity.core.experiments.command_line import command_line
 
 PATTERN = "2:4"
@@ -65,74 +68,162 @@ VARIANTS: dict[str, Callable[[nn.Module, Sequence[str]], object]] = {
 }
 
 
-def step(model: nn.Module, inputs: Tensor, amp: bool) -> Callable[[int], object]:
+Launch = Literal["eager", "compiled", "compiled + graphs"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model on a batch of inputs of `size` pixels a side or tokens, and how its steps are made."""
+
+    model: str
+    batch: int
+    size: int | None = None
+    optimizer: Literal["SGD", "AdamW"] = "SGD"
+    launch: Launch = "eager"
+
+    def inputs(self, device: torch.device) -> Tensor:
+        """A random batch on `device`."""
+        inputs = models.workload(self.model).inputs(self.batch, device)
+        if inputs.dim() == 4:
+            return inputs[..., : self.size, : self.size].contiguous(memory_format=torch.channels_last)
+        return inputs[:, : self.size]
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """SGD with momentum, or fused AdamW."""
+        if self.optimizer == "SGD":
+            return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def launched(self, model: nn.Module) -> Callable[..., Any]:
+        """What is called in place of `model`."""
+        if self.launch == "eager":
+            return model
+        compiled: Callable[..., Any] = torch.compile(
+            model, mode="reduce-overhead" if self.launch == "compiled + graphs" else None
+        )
+        return compiled
+
+
+CPU_CASES = (
+    Case("tiny-layers", 4),
+    Case("resnet18-cifar", 32, 32),
+    Case("resnet50", 8, 128),
+    Case("language-model", 8, 512),
+)
+GPU_CASES = (
+    Case("resnet50", 256, 224),
+    Case("language-model", 32, 512),
+    *(Case("language-model", 32, 512, "AdamW", launch) for launch in get_args(Launch)),
+    *(Case("vit-l", 64, 224, "AdamW", launch) for launch in get_args(Launch)),
+    *(Case("bert-large", 32, 384, "AdamW", launch) for launch in get_args(Launch)),
+)
+"""Those of real training; "tiny-layers" shows what a layer costs on the host, which a GPU would wait for."""
+
+
+def step(model: nn.Module, inputs: Tensor, amp: bool, case: Case = Case("", 1)) -> Callable[[int], object]:
     """A call that takes one training step of `model` on one batch, to be timed."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = case.make_optimizer(model)
+    forward = case.launched(model)
 
     def call(_: int) -> None:
         optimizer.zero_grad()
         with torch.autocast(inputs.device.type, torch.bfloat16) if amp else nullcontext():
-            output = model(inputs)
-            targets = inputs if inputs.dim() == 2 else torch.zeros(len(inputs), dtype=torch.long, device=inputs.device)
-            loss = F.cross_entropy(output.flatten(0, -2), targets.flatten())
+            output = forward(inputs)
+            if inputs.is_floating_point():
+                loss = output.float().square().mean()
+            else:
+                loss = F.cross_entropy(output.flatten(0, -2), inputs.flatten() % output.shape[-1])
         loss.backward()
         optimizer.step()
 
     return call
 
 
-def measure(result: Result, name: str, inputs: Tensor, device: torch.device, rounds: int, amp: bool = False) -> None:
-    """Add a row to `result` for each variant of the model `name` on `inputs`."""
-    setup = models.workload(name)
-    report.progress(name, tuple(inputs.shape))
+def kernels(call: Callable[[int], object]) -> tuple[int, int]:
+    """(kernel launches, those of ours among them) of one call on a CUDA device, by torch's profiler."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call(0)
+        torch.cuda.synchronize()
+    names = [e.name for e in seen.events() if "memcpy" not in e.name.lower() and "memset" not in e.name.lower()]
+    return len(names), sum(name.startswith("nm_sparsity") for name in names)
+
+
+def measure(result: Result, case: Case, device: torch.device, rounds: int, amp: bool = False) -> None:
+    """Add a row to `result` for each variant of a case."""
+    setup, inputs = models.workload(case.model), case.inputs(device)
+    report.progress(case.model, tuple(inputs.shape), case.optimizer, case.launch)
     torch.manual_seed(0)
     base = setup.build().train()
-    calls, memory = {}, {}
+    calls: dict[str, Callable[[int], object]] = {}
+    memory: dict[str, float] = {}
     for variant, convert in VARIANTS.items():
+        if case.launch != "eager" and convert is published:
+            continue
         model = copy.deepcopy(base).to(device)
         if inputs.dim() == 4:
             model = model.to(memory_format=torch.channels_last)
         convert(model, setup.exclude)
-        calls[variant] = step(model, inputs, amp)
-        calls[variant](0)  # gradients and momentum
+        calls[variant] = step(model, inputs, amp, case)
+        for i in range(3 if case.launch == "compiled + graphs" else 1):  # gradients and momentum, and what is recorded
+            calls[variant](i)
         memory[variant] = timing.peak_memory(calls[variant], device)
     timings = timing.compare(calls, device, rounds)
+    on_host = timing.compare(calls, device, rounds, clock=host_seconds) if device.type == "cuda" else timings
     for variant, t in timings.items():
         ratio, *spread = t.over(timings["dense"])
+        launches = kernels(calls[variant]) if device.type == "cuda" else (None, None)
         row = {
-            "model": name,
+            "model": case.model,
             "input": "x".join(map(str, inputs.shape)),
             "dtype": "bf16 autocast" if amp else "fp32",
+            "optimizer": case.optimizer,
+            "launch": case.launch,
             "variant": variant,
             "step_ms": t.median * 1e3,
             "overhead": ratio - 1,
             "quartiles": [q - 1 for q in spread],
             "rounds": rounds,
             "peak MiB": memory[variant],
+            "host_ms": on_host[variant].median * 1e3,
+            "kernels": launches[0],
+            "our_kernels": launches[1],
         }
         result.add(**row)
 
 
-def run(result: Result, device: torch.device, quick: bool, rounds: int = 9) -> None:
-    """Measure every model into `result`: on small inputs on a CPU, on those of real training on a GPU."""
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        cases = [("resnet50", (32 if quick else 256, 224)), ("language-model", (8 if quick else 32, 512))]
-    else:
-        cases = [
-            ("resnet18-cifar", (32, 32)),
-            ("resnet50", (8, 32 if quick else 128)),
-            ("language-model", (2 if quick else 8, 512)),
-        ]
-    for name, (batch, size) in cases:
-        setup = models.workload(name)
-        inputs = setup.inputs(batch, device)
-        inputs = inputs[..., :size, :size] if inputs.dim() == 4 else inputs[:, :size]
-        if inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        measure(result, name, inputs, device, 2 if quick else rounds, amp=device.type == "cuda")
-    if device.type == "cpu":
-        result.add(model="resnet50", input="256x3x224x224", dtype="bf16 autocast", not_run="needs CUDA")
+def run(
+    result: Result,
+    device: torch.device,
+    quick: bool,
+    rounds: int = 9,
+    only: Collection[str] = (),
+    minutes: float | None = None,
+) -> None:
+    """Measure every case into `result`: on small inputs on a CPU, on those of real training on a GPU.
+
+    Args:
+        only: the models to measure; empty means all.
+        minutes: after which no further case begins; those left are rows that say so.
+    """
+    gpu = device.type == "cuda"
+    torch.backends.cudnn.benchmark = gpu
+    budget = timing.Budget(minutes)
+    for case in GPU_CASES if gpu else CPU_CASES:
+        if only and case.model not in only:
+            continue
+        if quick:
+            size = case.size if gpu or case.size is None else max(32, case.size // 4)
+            case = replace(case, batch=max(2, case.batch // 8), size=size)
+        if budget.spent:
+            result.add(model=case.model, optimizer=case.optimizer, launch=case.launch, not_run="time was over")
+            continue
+        measure(result, case, device, 2 if quick else 60 if case.model == "tiny-layers" else rounds, amp=gpu)
+        torch.compiler.reset()
+        if gpu:
+            torch.cuda.empty_cache()
+    if not gpu:
+        result.add(model="vit-l", input="64x3x224x224", dtype="bf16 autocast", not_run="needs CUDA")
 
 
 @command_line
@@ -141,10 +232,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     report.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=9, help="steps of each variant (default 9)")
+    parser.add_argument("--only", action="append", default=[], metavar="MODEL", help="only this model; may be repeated")
+    parser.add_argument("--minutes", type=float, help="after which no further case begins")
     args = parser.parse_args(argv)
     device = report.set_up(args)
     with report.saved("training", device, args.out) as result:
-        run(result, device, args.quick, args.rounds)
+        run(result, device, args.quick, args.rounds, args.only, args.minutes)
 
 
 if __name__ == "__main__":

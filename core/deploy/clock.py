@@ -30,3 +30,15 @@ def seconds(call: Callable[[int], object], device: torch.device, calls: int) -> 
     last.synchronize()
     milliseconds: float = first.elapsed_time(last)
     return milliseconds / 1e3 / calls
+
+
+def host_seconds(call: Callable[[int], object], device: torch.device, calls: int) -> float:
+    """Seconds of host time that each of `calls` calls takes to launch its work on a CUDA device that is idle before."""
+    total = 0.0
+    for i in range(calls):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call(i)
+        total += time.perf_counter() - start
+    torch.cuda.synchronize(device)
+    return total / calls

@@ -58,7 +58,7 @@ class Batch:
         for part in self._parts:
             target = part.dtype if dtype is None else dtype
             values += part.fresh("keep", target if rounds_to(part.dtype, target) else part.dtype)
-        values += [_like(self.weights[i], self._reference(reference.keep_largest, i)).data for i in self._others]
+        values += [_like(self.weights[i], self._reference(reference.keep_largest, i)) for i in self._others]
         return [values[k] if dtype is None else values[k].to(dtype) for k in self._order]
 
     @torch.no_grad()

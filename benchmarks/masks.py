@@ -83,9 +83,8 @@ def measure(
         sets += [[w.clone() for w in weights] for _ in range(1, timing.copies_beyond_cache(bytes_once, device))]
 
     def run(masking: Masking) -> timing.Call:
-        def call(i: int) -> None:
-            for w in sets[i % len(sets)]:
-                masking(w, pattern.n, pattern.m)
+        def call(i: int) -> list[Tensor]:
+            return [masking(w, pattern.n, pattern.m) for w in sets[i % len(sets)]]  # all live at once, as in training
 
         return call
 

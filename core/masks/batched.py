@@ -21,9 +21,6 @@ from nm_sparsity.core.pattern import NMPattern, Placement
 _ALIGNMENT = 256
 """Each result of a call starts at a multiple of this many entries, so of as many bytes; cuBLAS asks for 256."""
 
-_CPU_BLOCK = 2**20
-"""About how many entries a call of the CPU kernel takes: bigger results get new pages from the system every time."""
-
 _dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
 
 
@@ -57,9 +54,14 @@ class Batch:
         values = []
         for part in self._parts:
             target = part.dtype if dtype is None else dtype
-            values += part.fresh("keep", target if rounds_to(part.dtype, target) else part.dtype)
-        values += [_like(self.weights[i], self._reference(reference.keep_largest, i)) for i in self._others]
-        return [values[k] if dtype is None else values[k].to(dtype) for k in self._order]
+            if rounds_to(part.dtype, target):
+                values += part.fresh("keep", target)
+            else:
+                values += [value.to(target) for value in part.fresh("keep", part.dtype)]
+        for i in self._others:
+            w = self.weights[i]
+            values.append(_like(w, self._reference(reference.keep_largest, i)).to(dtype or w.dtype).data)
+        return [values[k] for k in self._order]
 
     @torch.no_grad()
     def nm_mask(self) -> list[Tensor]:
@@ -140,18 +142,16 @@ class Batch:
 
     def _build(self) -> None:
         groups: dict[Any, list[tuple[int, Layout]]] = defaultdict(list)
-        filled: dict[Any, int] = defaultdict(int)
         self._others = []
         for i, (w, (pattern, dims)) in enumerate(zip(self.weights, self.placements, strict=True)):
             if (found := covering(w, pattern.m, dims)) is None:
                 self._others.append(i)
             else:
                 backend, layout = found
-                key = (backend, pattern, w.device, w.dtype, layout[1] == 1)
-                block = filled[key] // _CPU_BLOCK if w.device.type == "cpu" else 0
-                filled[key] += w.numel()
-                groups[*key, block].append((i, layout))
-        self._parts = [_Part(key[0], self.weights, members, key[1]) for key, members in groups.items()]
+                groups[backend, pattern, w.device, w.dtype, layout[1] == 1].append((i, layout))
+        self._parts = [
+            _Part(backend, self.weights, members, pattern) for (backend, pattern, *_), members in groups.items()
+        ]
         places = [*chain(*(part.places for part in self._parts)), *self._others]
         self._order = sorted(range(len(places)), key=places.__getitem__)
 
@@ -187,18 +187,25 @@ class _Part:
         self.dtype, self.device = first.dtype, first.device
         self._weights = [weights[i] for i in self.places]
         self.rows = backend.Rows(self._weights, layouts, self.places, pattern.n, pattern.m)
+        self._spare: dict[torch.dtype, Tensor] = {}
 
     def fresh(self, result: str, dtype: torch.dtype) -> list[Tensor]:
         """The `result` of every weight in memory of its own."""
-        out = torch.empty(self._size, dtype=dtype, device=self.device)
+        # New pages cost a CPU more than the masks do, so it takes the memory of results that nobody holds any more.
+        out = self._spare.pop(dtype, None)
+        if out is None or _holders(out) > _ALONE or out.is_inference() != torch.is_inference_mode_enabled():
+            out = torch.empty(self._size, dtype=dtype, device=self.device)
         self.rows.run(result, out, self._starts, dtype)
         # Below autograd's bookkeeping of views, so that each result counts its own versions.
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return [
+            values = [
                 value
                 for start, shape, strides in self._stretches
                 for value in out.as_strided(shape, strides, start).unbind()
             ]
+        if self.device.type == "cpu" and result == "keep":
+            self._spare[dtype] = out
+        return values
 
     def addresses(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[list[int], list[int]]:
         """Where those of `tensors` lie that go with the part's weights, 0 where the kernel must leave one out.
@@ -234,6 +241,14 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     for (backend, _, _), members in groups.items():
         backend.apply_masks_(*zip(*members, strict=True))
         increment_version([target for target, _ in members])
+
+
+def _holders(t: Tensor) -> int:
+    """How many references to the memory of `t` there are."""
+    return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
+
+
+_ALONE = _holders(torch.empty(1))
 
 
 def _like(w: Tensor, value: Tensor) -> Tensor:

@@ -389,6 +389,31 @@ def test_compiled_results_start_at_256_bytes_of_one_allocation() -> None:
         assert all((value.data_ptr() - base) % 256 == 0 for value in values)
 
 
+def test_memory_is_used_again_when_nobody_holds_the_results() -> None:
+    w = torch.randn(64, 64)
+    batch = Batch([w, w.clone()], [placement(2, 4)] * 2)
+    first = batch.keep_largest()
+    address, before = first[0].data_ptr(), first[1].clone()
+    w.neg_()
+    batch.weights[1].neg_()
+    held = first[1].view(-1)[5:]  # a view keeps all of it
+    del first
+    second = batch.keep_largest()
+    assert second[0].data_ptr() != address
+    assert torch.equal(held, before.view(-1)[5:])
+    address = second[0].data_ptr()
+    del second
+    with torch.inference_mode():
+        assert batch.keep_largest()[0].is_inference()
+    third = batch.keep_largest()
+    assert not third[0].is_inference()
+    address = third[0].data_ptr()
+    del third
+    fourth = batch.keep_largest()
+    assert fourth[0].data_ptr() == address
+    assert torch.equal(fourth[0], keep_largest(w, "2:4"))
+
+
 def test_one_call_for_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     library, calls = cpu.library(), []
     if library is None:

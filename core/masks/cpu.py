@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
         return None
     kernel = ctypes.CDLL(str(path))
     i, i64, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    kernel.nm_select.argtypes = [i, i, i, i, i, ctypes.c_float, i64, address, i64, i64, *[address] * 5, i]
+    kernel.nm_select_rows.argtypes = [i, i, i, i, i, ctypes.c_float, i64, address, i64, i64, *[address] * 5, i]
     return kernel
 
 
@@ -79,7 +79,7 @@ class Rows:
         """
         base, unit = (0, 1) if out is None else (out.data_ptr(), out.element_size())
         starts = array("q", places)
-        _nm_select(
+        _select_rows(
             *(RESULTS[result], self._type, _NUMBER.get(dtype, 0), *self._form, float(scale), len(starts)),
             *(_address(self._weights), base, unit, _address(starts)),
             *(_address(self._outer), _address(self._inner), _address(self._places)),
@@ -96,16 +96,16 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the entries of `targets`, of one element size, that `masks` drop; both lie in memory alike."""
     kept, starts = (array("q", [t.data_ptr() for t in tensors]) for tensors in (masks, targets))
     sizes, ones = array("q", [t.numel() for t in targets]), array("q", [1]) * len(targets)
-    _nm_select(
+    _select_rows(
         *(RESULTS["apply"], 0, targets[0].element_size(), 1, 0, 0.0, len(targets), _address(kept), 0, 1),
         *(_address(starts), _address(sizes), _address(ones), None, None, torch.get_num_threads()),
     )
 
 
-def _nm_select(*args: float | None) -> None:
+def _select_rows(*args: float | None) -> None:
     kernel = library()
     assert kernel is not None, "callers ask `available` first"
-    failed = kernel.nm_select(*args)
+    failed = kernel.nm_select_rows(*args)
     assert not failed, f"no kernel for {args}"
 
 

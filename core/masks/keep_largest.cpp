@@ -271,9 +271,9 @@ constexpr int64_t TILES_A_THREAD = 16;  // at least; below that, starting a thre
 // Weight i is at w[i], and its result at base + unit * out[i], or left out where that is null. `from` and `to` are the
 // types of weight and result; to apply masks, m is 1, `w` are the masks and `to` is the size of an entry of `out`.
 // The entries of a mask that changed are added to changes[place[i]].
-extern "C" int nm_select(int result, int from, int to, int m, int n, float scale, int64_t count, const int64_t* w,
-                         int64_t base, int64_t unit, const int64_t* out, const int64_t* outer, const int64_t* inner,
-                         const int64_t* place, int64_t* changes, int threads) {
+extern "C" int nm_select_rows(int result, int from, int to, int m, int n, float scale, int64_t count, const int64_t* w,
+                              int64_t base, int64_t unit, const int64_t* out, const int64_t* outer,
+                              const int64_t* inner, const int64_t* place, int64_t* changes, int threads) {
     const auto [kernel, groups] = find(result, from, to, m);
     if (!kernel) return 1;
     std::vector<int64_t> first(count + 1);  // the tiles before each weight's

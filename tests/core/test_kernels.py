@@ -541,7 +541,7 @@ def test_who_watches_sees_the_op_and_nobody_else_pays_for_it() -> None:
     assert (fake.shape, fake.dtype) == (w.shape, torch.bfloat16)
     traced = torch.jit.trace(lambda w: ops.keep_largest(w, 2, 4, 1), w, check_trace=False)
     assert "nm_sparsity::keep_largest" in str(traced.graph)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         ops.keep_largest(w, 2, 4, 1)
     assert not [event.key for event in profile.key_averages() if "nm_sparsity" in event.key]
 

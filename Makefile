@@ -41,7 +41,7 @@ test-fast: .venv/.dev
 	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-oldest: .venv-oldest/.test
-	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/core tests/benchmarks
+	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/core tests/experiments tests/benchmarks
 
 lint: .venv/.dev
 	@$(PYTHON_IN_VENV) -m ruff check .

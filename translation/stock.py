@@ -3,7 +3,8 @@
 import logging
 import warnings
 
-_before = logging.root.manager.disable
+_root = logging.root
+_before, _level, _handlers = _root.manager.disable, _root.level, list(_root.handlers)
 logging.disable(logging.INFO)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -24,3 +25,6 @@ with warnings.catch_warnings():
     from fairseq_cli import train as train
     from fairseq_cli.eval_lm import eval_lm as eval_lm
 logging.disable(_before)
+# Some of its modules set up the whole process's log, down to every library's debug lines.
+_root.setLevel(_level)
+_root.handlers[:] = _handlers

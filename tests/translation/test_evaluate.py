@@ -274,6 +274,14 @@ def test_a_users_mistake_ends_without_a_traceback(corpus: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_commands_do_not_show_other_libraries_debug_lines() -> None:
+    """fairseq's modules set up the log of the whole process when they are imported."""
+    code = "import logging, nm_sparsity.translation.study; print(logging.root.level, logging.root.handlers)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split("\n")[-2] == "30 []"
+
+
+@pytest.mark.slow
 def test_the_readme_runs_as_written(tmp_path: Path) -> None:
     """Its fairseq commands, with fewer updates."""
     text = (USER_DIR / "README.md").read_text()

@@ -20,7 +20,7 @@ BLOCK, LEAST_GROUPS = 2048, 128
 RESULTS = {"keep": 0, "mask": 1, "add": 2}
 
 _in_graphs: list[Tensor] = []
-"""Tables that a captured CUDA graph reads whenever it is replayed: they live as long as the process."""
+"""What a captured CUDA graph reads whenever it is replayed: it lives as long as the process."""
 
 
 @cache
@@ -155,14 +155,17 @@ def _programs(sizes: Sequence[int], per_program: int) -> tuple[Tensor, list[int]
 
 
 def _upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`, asynchronously: from pinned memory, which a graph that captures this reads at replays."""
+    """`values` on `device`, asynchronously: from pinned memory, which a graph that captures this reads at replays.
+
+    What is uploaded then is the graph's own, used and freed in the order of its stream.
+    """
     host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
     if device.type != "cuda":  # Triton's interpreter
         return host
     pinned = host.pin_memory()
     uploaded = pinned.to(device, non_blocking=True)
     if _capturing(device):
-        _in_graphs.extend([pinned, uploaded])
+        _in_graphs.append(pinned)
     return uploaded
 
 

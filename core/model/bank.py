@@ -1,7 +1,7 @@
 """The masked weights of a forward pass: all made in one launch at the first read, gone when the pass ends.
 
-`attach` gives every module with several sparse weights in it a *scope*, the list of them, and a pair of forward hooks.
-The outermost call of such a module in a thread is a *pass*: a whole forward, a submodule that is called by itself, a
+`attach` gives a model and its blocks a *scope* each, the list of the sparse weights in it, and a pair of forward hooks.
+The outermost call of such a module in a thread is a *pass*: a whole forward, a block that is called by itself, a
 checkpointed block that is recomputed. Where FSDP2 shards the weights of a scope, the calls inside it are passes of
 their own, as each unit is gathered. The first read of a weight in a pass makes the values of all its weights that are
 there, in the dtype that autocast asks for at that moment; one that is written to during the pass is made anew.
@@ -72,6 +72,7 @@ class Scope:
     def __init__(self, members: Iterable[Member]) -> None:
         self.members = tuple(members)
         self._keys: set[tuple[int, str]] = set()
+        self._holders: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self._kind: tuple[torch.dtype, torch.device] | None = None
         self._seen: list[Any] = []
         self._last = _Set([], [], Batch([], []))
@@ -93,9 +94,11 @@ class Scope:
             self._keys = {(id(member.module), member.name) for member in self.members}
         return (id(module), name) in self._keys
 
-    def sharded(self) -> bool:
-        """Whether FSDP2 has a weight that is not gathered."""
-        return DTensor in set(map(type, self._parameters()))
+    def parameters(self) -> list[Tensor | None]:
+        """What the members' modules hold: shadow weights, or FSDP2's shards of them."""
+        if not self._holders:
+            self._holders = [(member.module._parameters, member.name) for member in self.members]
+        return [parameters.get(name) for parameters, name in self._holders]
 
     def together(self, like: Tensor, without: Container[int] = ()) -> tuple[list[Tensor], list[WeightState]]:
         """The shadow weights whose values one launch makes with that of `like`, but those with an id in `without`."""
@@ -110,15 +113,12 @@ class Scope:
     def values(self, like: Tensor, without: set[int], dtype: torch.dtype) -> tuple[_Set, list[Tensor]]:
         """What `together` finds, and its values, in one launch."""
         with self._launch:
-            kind, now = (like.dtype, like.device), [_generation, *self._parameters()]
+            kind, now = (like.dtype, like.device), [_generation, *self.parameters()]
             if without or kind != self._kind or not all(map(is_, now, self._seen)):
                 weights, states = self.together(like, without)
                 self._last = _Set(weights, states, Batch(weights, [state.placement for state in states]))
                 self._kind, self._seen = None if without else kind, now
             return self._last, self._last.batch.keep_largest(None if dtype == like.dtype else dtype)
-
-    def _parameters(self) -> list[Tensor | None]:
-        return [member.module._parameters.get(member.name) for member in self.members]
 
 
 class _Pass:
@@ -127,7 +127,7 @@ class _Pass:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self.depth = 1
-        self.sharded = scope.sharded()
+        self.sharded = DTensor in set(map(type, scope.parameters()))
         self.kept: dict[torch.dtype, dict[int, tuple[Tensor, WeightState, int, int, int]]] = {}
         """By dtype and the id of the shadow weight: its value, its state, and what tells, as far as that can be seen,
         that it was written to since, the version counter, the pointer and the number of writes sent on."""
@@ -182,11 +182,15 @@ _trace = _Trace()
 
 def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
     """The value of a weight whose shadow weight is `w`, without autograd, if a pass of this thread covers it."""
-    for running in reversed(_thread.passes):
-        value = running.value(module, name, w, state, dtype)
+    passes = _thread.passes
+    if not passes:
+        return None
+    value = passes[-1].value(module, name, w, state, dtype)
+    for outer in passes[-2::-1] if value is None else ():
+        value = outer.value(module, name, w, state, dtype)
         if value is not None:
-            return value
-    return None
+            break
+    return value
 
 
 def value_in_trace(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
@@ -236,8 +240,14 @@ def forget_trained() -> None:
 
 
 def attach(model: nn.Module) -> None:
-    """Give `model`, and every module of it with several sparse weights, its scope and hooks."""
-    for module in model.modules():
+    """Give `model` and its blocks their scopes and hooks: a block is an item of a list with several sparse weights.
+
+    Blocks are what is checkpointed, sharded, compiled or called by itself; hooks on every module would cost as much as
+    the values do.
+    """
+    lists = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    blocks = [item for group in model.modules() if isinstance(group, lists) for item in group.children()]
+    for module in dict.fromkeys([model, *blocks]):
         members = [
             Member(owner, name, state)
             for owner in module.modules()

@@ -236,7 +236,7 @@ def test_train_finalize_verify() -> None:
         nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Flatten(), nn.Linear(256, 8)
     )
     net = net.to(CUDA, memory_format=torch.channels_last)
-    sparsify(net, "2:4", decay=0.1)
+    sparsify(net, "2:4", decay=0.5)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for seed in range(10):
         x = torch.randn(4, 8, 4, 4, device=CUDA, generator=torch.Generator(CUDA).manual_seed(seed))

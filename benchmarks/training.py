@@ -26,6 +26,8 @@ from nm_sparsity.core import sparsify
 from nm_sparsity.core.deploy.clock import host_seconds
 from nm_sparsity.core.experiments.command_line import command_line
 
+OURS = ("select", "select_rows", "apply_masks")
+"""The names of our kernels."""
 PATTERN = "2:4"
 DECAY = 2e-4
 
@@ -146,7 +148,7 @@ def kernels(call: Callable[[int], object]) -> tuple[int, int]:
         call(0)
         torch.cuda.synchronize()
     names = [e.name for e in seen.events() if "memcpy" not in e.name.lower() and "memset" not in e.name.lower()]
-    return len(names), sum(name.startswith("nm_sparsity") for name in names)
+    return len(names), sum(name in OURS for name in names)
 
 
 def measure(result: Result, case: Case, device: torch.device, rounds: int, amp: bool = False) -> None:

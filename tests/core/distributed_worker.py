@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nm_sparsity.core import MaskTracker, SparsityError, finalize, sparsify
 from nm_sparsity.core.files import checkpoint
+from nm_sparsity.core.masks.batched import Batch
 
 STEPS = 5
 
@@ -121,6 +122,18 @@ def main() -> None:
     counts = torch.tensor([flips.total_sad, sum(flips.sizes.values())])
     dist.all_reduce(counts)
     results["fsdp2 tracker"] = counts.tolist()
+
+    # Each unit is a launch of its own when it is gathered, and its values go with it.
+    units = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)])
+    sparsify(units, "2:4")
+    for unit in units:
+        fully_shard(unit)
+    fully_shard(units)
+    launches, original = [], Batch.keep_largest
+    Batch.keep_largest = lambda self, dtype=None: (launches.append(len(self.weights)), original(self, dtype))[1]
+    units(torch.ones(2, 8)).sum().backward()
+    Batch.keep_largest = original
+    results["fsdp2 launches"] = launches
 
     results["sparsify after fully_shard"] = message(lambda: sparsify(sharded))
     unsparsified = make()

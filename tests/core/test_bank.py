@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models import resnet18
 
 from nm_sparsity.core import finalize, frozen, keep_largest, sparsify, unsparsify
 from nm_sparsity.core.masks.batched import Batch
@@ -349,3 +350,67 @@ def test_a_compiled_model_makes_all_values_in_one_call() -> None:
     block = torch.compile(model[1], fullgraph=True, backend=backend)
     assert torch.equal(block(x), dense[1](x))
     assert bank._trace.scope is None
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.mix = nn.Embedding(12, 16), nn.Linear(16, 16)
+        self.again = nn.Linear(16, 16)
+        self.again.weight = self.mix.weight
+        self.head = nn.Linear(16, 12, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.again(self.mix(self.embedding(tokens)).relu()))  # type: ignore[no-any-return]
+
+
+def train_resnet(net: nn.Module) -> None:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for seed in range(2):
+        x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+
+def train_tied(net: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    for seed in range(5):
+        tokens = torch.randint(12, (4, 6), generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten()).backward()
+        optimizer.step()
+
+
+def train_adversaries(net: nn.Module) -> None:
+    """A generator and a discriminator stepped in turn, the one through the other."""
+    generator, discriminator = net[0], net[1]
+    optimizers = [torch.optim.Adam(part.parameters(), lr=0.01) for part in (generator, discriminator)]
+    for seed in range(5):
+        noise = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed))
+        for part, sign in ((0, -1.0), (1, 1.0)):
+            optimizers[part].zero_grad()
+            (sign * discriminator(generator(noise)).sigmoid().mean()).backward()
+            optimizers[part].step()
+
+
+@pytest.mark.parametrize(
+    ("make", "train"),
+    [(resnet18, train_resnet), (Tied, train_tied), (lambda: blocks(2), train_adversaries)],
+    ids=["ResNet-18", "tied weights", "adversaries"],
+)
+def test_training_in_passes_equals_training_with_single_reads(
+    make: Callable[[], nn.Module], train: Callable[[nn.Module], None]
+) -> None:
+    torch.manual_seed(0)
+    model = make()
+    sparsify(model, "2:4", decay=0.5)
+    alone = copy.deepcopy(model)
+    bank.detach(alone)
+    for net in (model, alone):
+        train(net)
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), make().parameters(), strict=True)]
+    assert any(moved)
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p, q)

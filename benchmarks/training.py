@@ -194,6 +194,40 @@ def measure(result: Result, case: Case, device: torch.device, rounds: int, amp: 
         result.add(**row)
 
 
+def reads(result: Result, rounds: int) -> None:
+    """Add rows of what it takes to read a weight of 32 x 32 on a CPU: a parameter's, and a sparse layer's."""
+    layer, dense = nn.Linear(32, 32), nn.Linear(32, 32)
+    block, alone = nn.Sequential(layer), nn.Linear(32, 32)
+    sparsify(block)
+    sparsify(alone)
+
+    def read(holder: nn.Module, grad: bool) -> Callable[[int], object]:
+        def call(_: int) -> None:
+            with torch.set_grad_enabled(grad):
+                for _ in range(100):
+                    holder.weight  # noqa: B018  (what is timed)
+
+        return call
+
+    kinds = {
+        "dense": (dense, True),
+        "in a pass": (layer, True),
+        "in a pass, no grad": (layer, False),
+        "outside": (alone, True),
+        "outside, no grad": (alone, False),
+    }
+    measured: dict[str, timing.Timing] = {}
+
+    def inside(module: nn.Module, args: object) -> None:
+        calls = {name: read(*how) for name, how in kinds.items()}
+        measured.update(timing.compare(calls, torch.device("cpu"), rounds))
+
+    layer.register_forward_pre_hook(inside)
+    block(torch.zeros(1, 32))
+    for name, t in measured.items():
+        result.add(model="one weight", input="32x32", dtype="fp32", variant=name, us=t.median * 1e4, rounds=rounds)
+
+
 def run(
     result: Result,
     device: torch.device,
@@ -225,6 +259,8 @@ def run(
         if gpu:
             torch.cuda.empty_cache()
     if not gpu:
+        if not only:
+            reads(result, 2 if quick else rounds)
         result.add(model="vit-l", input="64x3x224x224", dtype="bf16 autocast", not_run="needs CUDA")
 
 

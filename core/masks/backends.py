@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nm_sparsity.core.masks import cpu, cuda
 from nm_sparsity.core.masks.groups import Dims
-from nm_sparsity.core.masks.memory import Layout, memory_layout
+from nm_sparsity.core.masks.memory import Lines, lines_in_memory
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda}
 """The compiled kernels by device type, with `available`, `select` for one weight, `Rows` for many, `apply_masks_`."""
@@ -21,12 +21,12 @@ def backend_of(t: Tensor) -> ModuleType | None:
     return backend if backend is not None and backend.available() else None
 
 
-def covering(w: Tensor, m: int, dims: Dims) -> tuple[ModuleType, Layout] | None:
-    """The compiled kernels that cover `w` with groups of `m` along `dims`, and its layout for them; None if none do."""
-    layout = memory_layout(w, m, dims)
-    if layout is None or (backend := backend_of(w)) is None:
+def covering(w: Tensor, m: int, dims: Dims) -> tuple[ModuleType, Lines] | None:
+    """The compiled kernels that cover `w` with groups of `m` along `dims`, and its lines for them; None if none do."""
+    lines = lines_in_memory(w, m, dims)
+    if lines is None or (backend := backend_of(w)) is None:
         return None
-    return backend, layout
+    return backend, lines
 
 
 def rounds_to(w: torch.dtype, dtype: torch.dtype) -> bool:

@@ -1,4 +1,4 @@
-"""Weights masked together: one kernel launch for all, a few where devices, dtypes, patterns or layouts differ."""
+"""Weights masked together: one kernel launch for all, a few where devices, dtypes, patterns or lines differ."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.autograd.graph import increment_version
 from nm_sparsity.core.masks import reference
 from nm_sparsity.core.masks.backends import backend_of, covering, rounds_to
 from nm_sparsity.core.masks.groups import reduction_last, restore_order
-from nm_sparsity.core.masks.memory import Layout, is_dense, same_layout
+from nm_sparsity.core.masks.memory import Lines, is_dense, lie_alike
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 _ALIGNMENT = 256
@@ -141,14 +141,14 @@ class Batch:
         self._pointers, self._forms, self._shapes = pointers, forms, shapes
 
     def _build(self) -> None:
-        groups: dict[Any, list[tuple[int, Layout]]] = defaultdict(list)
+        groups: dict[Any, list[tuple[int, Lines]]] = defaultdict(list)
         self._others = []
         for i, (w, (pattern, dims)) in enumerate(zip(self.weights, self.placements, strict=True)):
             if (found := covering(w, pattern.m, dims)) is None:
                 self._others.append(i)
             else:
-                backend, layout = found
-                groups[backend, pattern, w.device, w.dtype, layout[1] == 1].append((i, layout))
+                backend, lines = found
+                groups[backend, pattern, w.device, w.dtype, lines[1] == 1].append((i, lines))
         self._parts = [
             _Part(backend, self.weights, members, pattern) for (backend, pattern, *_), members in groups.items()
         ]
@@ -163,16 +163,16 @@ class Batch:
 
 
 class _Part:
-    """Weights of a batch that one launch covers: of one device, dtype, pattern and kind of layout."""
+    """Weights of a batch that one launch covers: of one device, dtype, pattern and kind of lines."""
 
     def __init__(
-        self, backend: ModuleType, weights: Sequence[Tensor], members: Sequence[tuple[int, Layout]], pattern: NMPattern
+        self, backend: ModuleType, weights: Sequence[Tensor], members: Sequence[tuple[int, Lines]], pattern: NMPattern
     ) -> None:
         # Weights alike lie side by side, so that one call makes the tensors of all their results.
-        alike: dict[Any, list[tuple[int, Layout]]] = defaultdict(list)
-        for i, layout in members:
-            alike[weights[i].shape, weights[i].stride()].append((i, layout))
-        self.places, layouts = zip(*(member for group in alike.values() for member in group), strict=True)
+        alike: dict[Any, list[tuple[int, Lines]]] = defaultdict(list)
+        for i, one in members:
+            alike[weights[i].shape, weights[i].stride()].append((i, one))
+        self.places, lines = zip(*(member for group in alike.values() for member in group), strict=True)
         """The positions in the batch of the part's weights."""
         self._strides = [weights[i].stride() for i in self.places]
         self._starts: list[int] = []
@@ -186,7 +186,7 @@ class _Part:
         first = weights[self.places[0]]
         self.dtype, self.device = first.dtype, first.device
         self._weights = [weights[i] for i in self.places]
-        self.rows = backend.Rows(self._weights, layouts, self.places, pattern.n, pattern.m)
+        self.rows = backend.Rows(self._weights, lines, self.places, pattern.n, pattern.m)
         self._spare: dict[torch.dtype, Tensor] = {}
 
     def fresh(self, result: str, dtype: torch.dtype) -> list[Tensor]:
@@ -219,7 +219,7 @@ class _Part:
             t = tensors[i]
             if t is None:
                 addresses.append(0)
-            elif t.dtype is dtype and fits and (t.stride() == strides or same_layout(t, w)):
+            elif t.dtype is dtype and fits and (t.stride() == strides or lie_alike(t, w)):
                 addresses.append(t.data_ptr())
             else:
                 addresses.append(0)
@@ -232,7 +232,7 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for target, mask in zip(targets, masks, strict=True):
-            alike = mask.dtype is torch.bool and same_layout(mask, target) and is_dense(target)
+            alike = mask.dtype is torch.bool and lie_alike(mask, target) and is_dense(target)
             backend = backend_of(target) if alike and target.element_size() in (2, 4, 8) else None
             if backend is None:
                 target.masked_fill_(~mask, 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nm_sparsity.core.masks.memory import TYPES, Layout
+from nm_sparsity.core.masks.memory import TYPES, Lines
 
 RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3}
 _NUMBER = {dtype: number for number, dtype in enumerate(TYPES)}
@@ -46,11 +46,11 @@ def available() -> bool:
 class Rows:
     """The table of weights of one dtype and pattern that the kernel takes in one call."""
 
-    def __init__(self, weights: Sequence[Tensor], layouts: Sequence[Layout], places: Sequence[int], n: int, m: int):
+    def __init__(self, weights: Sequence[Tensor], lines: Sequence[Lines], places: Sequence[int], n: int, m: int):
         self._form = (m, n)
         self._type = _NUMBER[weights[0].dtype]
-        self._outer = array("q", [outer for outer, _ in layouts])
-        self._inner = array("q", [inner for _, inner in layouts])
+        self._outer = array("q", [outer for outer, _ in lines])
+        self._inner = array("q", [inner for _, inner in lines])
         self._places = array("q", places)
         self.point([w.data_ptr() for w in weights])
 
@@ -87,9 +87,9 @@ class Rows:
         )
 
 
-def select(result: str, w: Tensor, out: Tensor, layout: Layout, n: int, m: int) -> None:
+def select(result: str, w: Tensor, out: Tensor, lines: Lines, n: int, m: int) -> None:
     """The `result` of one weight, into `out`, which lies in memory as `w` does."""
-    Rows([w], [layout], [0], n, m).run(result, out, [0], out.dtype)
+    Rows([w], [lines], [0], n, m).run(result, out, [0], out.dtype)
 
 
 def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:

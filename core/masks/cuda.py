@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nm_sparsity.core.masks.memory import Layout
+from nm_sparsity.core.masks.memory import Lines
 
 BLOCK, LEAST_GROUPS = 2048, 128
 """Weights a program handles, 16 a thread; at least one group a thread."""
@@ -35,14 +35,14 @@ def groups_per_program(m: int) -> int:
 
 
 class Rows:
-    """The table of weights of one dtype, pattern and kind of layout that a launch takes, in the device's memory."""
+    """The table of weights of one dtype, pattern and kind of lines that a launch takes, in the device's memory."""
 
-    def __init__(self, weights: Sequence[Tensor], layouts: Sequence[Layout], places: Sequence[int], n: int, m: int):
+    def __init__(self, weights: Sequence[Tensor], lines: Sequence[Lines], places: Sequence[int], n: int, m: int):
         self._device, self._from = weights[0].device, _type(weights[0].dtype)
-        self._form = {"N": n, "M": m, "G": groups_per_program(m), "CONTIGUOUS": layouts[0][1] == 1}
-        groups = [outer * inner for outer, inner in layouts]
+        self._form = {"N": n, "M": m, "G": groups_per_program(m), "CONTIGUOUS": lines[0][1] == 1}
+        groups = [outer * inner for outer, inner in lines]
         self._programs, first = _programs(groups, groups_per_program(m))
-        self._columns = (groups, [inner for _, inner in layouts], first, list(places))
+        self._columns = (groups, [inner for _, inner in lines], first, list(places))
         self._whole = not any(count % 16 for count in groups)
         self._uploads: dict[str, tuple[Sequence[int] | Tensor, Tensor]] = {}
         self.point([w.data_ptr() for w in weights])
@@ -104,7 +104,7 @@ def select(
     result: str,
     w: Tensor,
     out: Tensor,
-    layout: Layout,
+    lines: Lines,
     n: int,
     m: int,
     traced: bool = False,
@@ -112,7 +112,7 @@ def select(
     """The `result` of one weight, into `out`, which lies in memory as `w` does; `traced`: as a launch tracers see."""
     from nm_sparsity.core.masks import triton_kernel as kernels
 
-    (outer, inner), per_program = layout, groups_per_program(m)
+    (outer, inner), per_program = lines, groups_per_program(m)
     if not outer:
         return
     launch: Any = torch.library.wrap_triton(kernels.select) if traced else kernels.select

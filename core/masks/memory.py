@@ -13,12 +13,12 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_SIZES = (2, 4, 8, 16, 32)
 """The M of the compiled kernels."""
 
-Layout = tuple[int, int]
+Lines = tuple[int, int]
 """``(outer, inner)`` of a weight that is (outer, m, inner) in memory order: a group is one line along m."""
 
 
-def memory_layout(w: Tensor, m: int, dims: Dims) -> Layout | None:
-    """The layout of `w` with groups of `m` along the reduction dimensions `dims`.
+def lines_in_memory(w: Tensor, m: int, dims: Dims) -> Lines | None:
+    """The lines of `w` with groups of `m` along the reduction dimensions `dims`.
 
     None where the compiled kernels do not apply: another dtype or M, gaps in memory (a slice, an expanded view),
     reduction dimensions that do not follow each other in memory.
@@ -53,7 +53,7 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
+def lie_alike(a: Tensor, b: Tensor) -> bool:
     """Whether an index means one offset in two equally shaped tensors; the strides of size-1 axes are free."""
     return a.stride() == b.stride() or all(
         p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True)

@@ -18,7 +18,7 @@ from torch.export._trace import custom_triton_ops_decomposition_disabled
 from nm_sparsity.core.masks import cuda, reference
 from nm_sparsity.core.masks.backends import covering, rounds_to
 from nm_sparsity.core.masks.batched import Batch
-from nm_sparsity.core.masks.memory import memory_layout
+from nm_sparsity.core.masks.memory import lines_in_memory
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 
@@ -67,18 +67,18 @@ def _keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | Non
         return _keep_largest(w, n, m, axis).to(dtype)
     if (found := covering(w, m, (axis,))) is None:
         return reference.keep_largest(w, n, m, axis).to(dtype or w.dtype)
-    backend, layout = found
+    backend, lines = found
     out = torch.empty_like(w, dtype=dtype)
-    backend.select("keep", w, out, layout, n, m)
+    backend.select("keep", w, out, lines, n, m)
     return out
 
 
 def _nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     if (found := covering(w, m, (axis,))) is None:
         return reference.nm_mask(w, n, m, axis)
-    backend, layout = found
+    backend, lines = found
     out = torch.empty_like(w, dtype=torch.bool)
-    backend.select("mask", w, out, layout, n, m)
+    backend.select("mask", w, out, lines, n, m)
     return out
 
 
@@ -128,13 +128,13 @@ torch.library.register_autograd("nm_sparsity::keep_largest_many", _straight_thro
 def _visible_to_compilers(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Under torch.compile a CUDA weight's op becomes the launch itself, as `torch.library.triton_op` does it."""
     w, n, m, axis, dtype = (*args, *kwargs.values(), None)[:5]
-    layout = memory_layout(w, m, (axis,))
+    lines = lines_in_memory(w, m, (axis,))
     direct = w.is_cuda and cuda.available() and rounds_to(w.dtype, dtype or w.dtype)
-    if layout is None or not direct or custom_triton_ops_decomposition_disabled():
+    if lines is None or not direct or custom_triton_ops_decomposition_disabled():
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
         out = torch.empty_like(w, dtype=dtype)
-        cuda.select("keep", w, out, layout, n, m, traced=True)
+        cuda.select("keep", w, out, lines, n, m, traced=True)
         return out
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nm_sparsity.core import NMPattern, keep_largest
 from nm_sparsity.core.masks import backends, cpu, cuda, ops, reference
 from nm_sparsity.core.masks.batched import Batch, apply_masks_
-from nm_sparsity.core.masks.memory import is_dense, memory_layout
+from nm_sparsity.core.masks.memory import is_dense, lines_in_memory
 from nm_sparsity.core.pattern import Placement
 
 GROUP_SIZES = [2, 4, 8, 16, 32]
@@ -143,7 +143,7 @@ UNCOVERED = {"slice", "kernel_channels_last", "kernel_transpose"}
 def check(backend: Backend, w: Tensor, n: int, m: int, dims: tuple[int, ...] = (1,)) -> None:
     before, expected = bits(w).clone(), oracle_mask(w, n, m, dims)
     batch = Batch([w], [placement(n, m, *dims)])
-    with backend.alone(memory_layout(w, m, dims) is not None):
+    with backend.alone(lines_in_memory(w, m, dims) is not None):
         results = [(batch.keep_largest()[0], batch.nm_mask()[0])]
         if len(dims) == 1:
             results.append((ops.keep_largest(w, n, m, *dims), ops.nm_mask(w, n, m, *dims)))
@@ -170,7 +170,7 @@ def test_every_memory_layout(backend: Backend, layout: str, m: int, dtype: torch
 def test_the_kernels_cover_what_they_promise(layout: str) -> None:
     for m, dtype in itertools.product(GROUP_SIZES, DTYPES):
         shape, dims, arrange = LAYOUTS[layout](m)
-        covered = memory_layout(arrange(torch.zeros(shape, dtype=dtype)), m, dims) is not None
+        covered = lines_in_memory(arrange(torch.zeros(shape, dtype=dtype)), m, dims) is not None
         assert covered == (layout not in UNCOVERED and dtype != torch.float64)
 
 
@@ -307,7 +307,7 @@ def test_add_dropped(backend: Backend, layout: str, dtype: torch.dtype, scale: f
     dropped = torch.where(oracle_mask(w, 3, 8, dims), 0, w).to(wide)
     expected = (target.to(wide) + dropped * torch.tensor(float(scale), dtype=wide)).to(dtype)  # in fp32, rounded once
     for given_target in (target, same_format):
-        alike = memory_layout(w, 8, dims) is not None and given_target.stride() == w.stride()
+        alike = lines_in_memory(w, 8, dims) is not None and given_target.stride() == w.stride()
         with backend.alone(alike):
             Batch([w], [placement(3, 8, *dims)]).add_dropped_([given_target], scale)
         # GPUs may multiply and add at once, and Triton's interpreter cuts bf16 off.
@@ -448,7 +448,7 @@ def test_a_batch_follows_its_weights(backend: Backend) -> None:
     batch = Batch(weights, [placement(2, 4)] * 3)
 
     def right() -> bool:
-        with backend.alone(all(memory_layout(w, 4, (1,)) for w in weights)):
+        with backend.alone(all(lines_in_memory(w, 4, (1,)) for w in weights)):
             values = batch.keep_largest()
         masked = [torch.where(oracle_mask(w, 2, 4, (1,)), bits(w), 0) for w in weights]
         return all(

@@ -236,8 +236,8 @@ def test_masks_are_computed_once_a_batch_in_decoding(
     sparse = [module for module in model.modules() if isinstance(module, SparseLayer)]
     method = sparse[0].nm_weights["weight"].method
     calls: list[object] = []
-    original = type(method).weight
-    monkeypatch.setattr(type(method), "weight", lambda self, w, s: calls.append(s) or original(self, w, s))
+    original = type(method).value
+    monkeypatch.setattr(type(method), "value", lambda self, w, s: calls.append(s) or original(self, w, s))
     generator = task.build_generator([model], trainer.cfg.generation)
     task.inference_step(generator, [model], batches(trainer, 1)[0])
     assert len(calls) == len(sparse)

@@ -12,8 +12,9 @@ Under `torch.compile` the same happens while the graph is traced, which then hol
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Iterable
-from operator import is_
+from collections.abc import Callable, Container, Iterable
+from functools import cached_property
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -28,6 +29,8 @@ from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 _SCOPE = "_nm_scope"
+_NOTHING: dict[int, Any] = {}
+_version: Callable[[Tensor], int] = attrgetter("_version")
 _generation = object()
 
 
@@ -58,16 +61,13 @@ class Member(NamedTuple):
         return None if isinstance(w, DTensor) else w
 
 
-class _Set(NamedTuple):
-    """Shadow weights whose values one launch makes, and their states."""
-
-    weights: list[Tensor]
-    states: list[WeightState]
-    batch: Batch
+Kept = tuple[Tensor, tuple[Tensor, WeightState], int, int, int]
+"""The value of a weight in a pass, the shadow weight with its state, and what tells, as far as that can be seen, that it
+was written to since: its version counter, its pointer, the number of writes that were sent on."""
 
 
 class Scope:
-    """The sparse weights in a module, in its order, and those of the last launch."""
+    """The sparse weights in a module, in its order, and the batch of the last launch."""
 
     def __init__(self, members: Iterable[Member]) -> None:
         self.members = tuple(members)
@@ -75,7 +75,8 @@ class Scope:
         self._holders: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self._kind: tuple[torch.dtype, torch.device] | None = None
         self._seen: list[Any] = []
-        self._last = _Set([], [], Batch([], []))
+        self._found: list[tuple[Tensor, WeightState]] = []
+        self._batch = Batch([], [])
         self._launch = threading.Lock()  # two threads may run one model
         self.left_out = 0
         """For the watchdog: optimizer steps in a row that left the weights out,"""
@@ -100,25 +101,34 @@ class Scope:
             self._holders = [(member.module._parameters, member.name) for member in self.members]
         return [parameters.get(name) for parameters, name in self._holders]
 
-    def together(self, like: Tensor, without: Container[int] = ()) -> tuple[list[Tensor], list[WeightState]]:
+    def together(self, like: Tensor, without: Container[int] = ()) -> list[tuple[Tensor, WeightState]]:
         """The shadow weights whose values one launch makes with that of `like`, but those with an id in `without`."""
         found = {}
         for member in self.members:
             w = member.shadow
             if w is not None and id(w) not in without and w.dtype == like.dtype and w.device == like.device:
                 found[id(w)] = w, member.state
-        batched = [(w, state) for w, state in found.values() if state.batched]
-        return [w for w, _ in batched], [state for _, state in batched]
+        return [(w, state) for w, state in found.values() if state.batched]
 
-    def values(self, like: Tensor, without: set[int], dtype: torch.dtype) -> tuple[_Set, list[Tensor]]:
-        """What `together` finds, and its values, in one launch."""
+    def values(self, like: Tensor, without: Container[int], dtype: torch.dtype) -> dict[int, Kept]:
+        """What `together` finds, by id, made in one launch."""
         with self._launch:
             kind, now = (like.dtype, like.device), [_generation, *self.parameters()]
             if without or kind != self._kind or not all(map(is_, now, self._seen)):
-                weights, states = self.together(like, without)
-                self._last = _Set(weights, states, Batch(weights, [state.placement for state in states]))
+                self._found = self.together(like, without)
+                self._batch = Batch([w for w, _ in self._found], [state.placement for _, state in self._found])
                 self._kind, self._seen = None if without else kind, now
-            return self._last, self._last.batch.keep_largest(None if dtype == like.dtype else dtype)
+            values = self._batch.keep_largest(None if dtype == like.dtype else dtype)
+            weights, found = self._batch.weights, self._found
+        marks = zip(
+            values,
+            found,
+            map(_version, weights),
+            map(Tensor.data_ptr, weights),
+            [state.writes for _, state in found],
+            strict=True,
+        )
+        return dict(zip(map(id, weights), marks, strict=True))
 
 
 class _Pass:
@@ -127,38 +137,34 @@ class _Pass:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self.depth = 1
-        self.sharded = DTensor in set(map(type, scope.parameters()))
-        self.kept: dict[torch.dtype, dict[int, tuple[Tensor, WeightState, int, int, int]]] = {}
-        """By dtype and the id of the shadow weight: its value, its state, and what tells, as far as that can be seen,
-        that it was written to since, the version counter, the pointer and the number of writes sent on."""
-        self.read: set[int] = set()
+        self.kept: dict[torch.dtype, dict[int, Kept]] = {}
+        """By dtype and the id of the shadow weight."""
 
-    def value(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
-        """The value of the shadow weight `w`, if it is one of the scope's."""
-        kept = self.kept.get(dtype, {}).get(id(w))
-        if kept is None or kept[2] != w._version or kept[3] != w.data_ptr() or kept[4] != state.writes:
-            if w.is_inference() or not self.scope.has(module, name):
-                return None
-            kept = self._make(w, state, dtype, alone=kept is not None or id(w) in self.read or not state.batched)
-        self.read.add(id(w))
-        return kept[0]
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether FSDP2 has weights that are not gathered when the first call inside begins."""
+        return DTensor in set(map(type, self.scope.parameters()))
 
-    def _make(self, w: Tensor, state: WeightState, dtype: torch.dtype, alone: bool) -> Any:
-        """Make the value of `w`: alone where it was written to or is read in a second dtype, else with all unread."""
+    def make(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Kept | None:
+        """The value of the shadow weight `w`, if it is one of the scope's, that was not made yet or is stale.
+
+        The first one makes all others with it. What was written to, or is the first that is read in a second dtype (the
+        head of a model that closes autocast for it), is made alone; the next in that dtype makes all that lack it.
+        """
+        if w.is_inference() or not self.scope.has(module, name):
+            return None
+        others = [values for key, values in self.kept.items() if key != dtype]
         kept = self.kept.setdefault(dtype, {})
-        if alone:
-            kept[id(w)] = state.value(w, dtype), state, w._version, w.data_ptr(), state.writes
+        if id(w) in kept or not state.batched or (not kept and any(id(w) in values for values in others)):
+            kept[id(w)] = state.value(w, dtype), (w, state), w._version, w.data_ptr(), state.writes
         else:
-            (weights, states, _), values = self.scope.values(w, self.read, dtype)
-            versions, pointers = [w._version for w in weights], [w.data_ptr() for w in weights]
-            marks = zip(values, states, versions, pointers, [state.writes for state in states], strict=True)
-            kept.update(zip(map(id, weights), marks, strict=True))
+            kept.update(self.scope.values(w, kept.keys(), dtype))
         return kept[id(w)]
 
     def close(self) -> None:
         """Note what was written to a value that no layer will hand out again."""
-        for kept in self.kept.values():
-            for value, state, *_ in kept.values():
+        for values in self.kept.values():
+            for value, (_, state), *_ in values.values():
                 if not value.is_inference() and value._version:
                     state.lost = True
 
@@ -180,17 +186,15 @@ _thread = _Thread()
 _trace = _Trace()
 
 
-def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
+def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Kept | None:
     """The value of a weight whose shadow weight is `w`, without autograd, if a pass of this thread covers it."""
-    passes = _thread.passes
-    if not passes:
-        return None
-    value = passes[-1].value(module, name, w, state, dtype)
-    for outer in passes[-2::-1] if value is None else ():
-        value = outer.value(module, name, w, state, dtype)
-        if value is not None:
-            break
-    return value
+    for running in reversed(_thread.passes):
+        kept = running.kept.get(dtype, _NOTHING).get(id(w))
+        if kept is None or kept[2] != w._version or kept[3] != w.data_ptr() or kept[4] != state.writes:
+            kept = running.make(module, name, w, state, dtype)
+        if kept is not None:
+            return kept
+    return None
 
 
 def value_in_trace(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
@@ -200,9 +204,9 @@ def value_in_trace(module: object, name: str, w: Tensor, state: WeightState, dty
         return None
     if (id(w), dtype) not in _trace.values:
         read = {key for key, _ in _trace.values} - {id(w)}
-        weights, states = scope.together(w, read)
-        values = _traced(weights, [state.placement for state in states], dtype)
-        for other, value in zip(weights, values, strict=True):
+        found = scope.together(w, read)
+        values = _traced([w for w, _ in found], [state.placement for _, state in found], dtype)
+        for (other, _), value in zip(found, values, strict=True):
             _trace.values[id(other), dtype] = value
     return _trace.values[id(w), dtype]
 

@@ -26,6 +26,11 @@ from nm_sparsity.core.model.write_through import hand_out, straight_through
 
 _live: dict[int, ref[SparseLayer]] = {}
 _PLAIN = (nn.Parameter, Tensor)
+_tracing_graph = torch.compiler.is_dynamo_compiling
+_autocast = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_transforms = torch._C._are_functorch_transforms_active
+_tracer = torch._C._get_tracing_state
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
 _blocks = threading.Lock()
@@ -200,41 +205,41 @@ def _property(name: str) -> property:
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
-    if isinstance(w, DTensor):
+    plain = type(w) in _PLAIN
+    if not plain and isinstance(w, DTensor):
         return _sharded(layer, name, w, state)
     dtype = w.dtype
-    if dtype == torch.float32 and torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(w.device.type):
+    if _autocast() and dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
         dtype = torch.get_autocast_dtype(w.device.type)  # what autocast would round the value to
-    if torch.compiler.is_dynamo_compiling():
+    if _tracing_graph():
         traced = bank.value_in_trace(layer, name, w, state, dtype)
         return _differentiable(w, state, dtype) if traced is None else traced
     # Function transforms, tracers and modes see nothing but operations.
     if (
-        type(w) not in _PLAIN
-        or w.is_meta
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        not plain
+        or _dispatch_modes()
+        or _function_transforms()
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+        or _tracer() is not None
+        or w.is_meta
     ):
         return _differentiable(w, state, dtype)
-    if sys._getframe(2).f_code is _GET_PARAMETER:
-        return w
     if state.lost:
         raise RuntimeError(
             f"something was written to {type(layer).__name__}.{name} through a view, detach(), out= or a foreach "
             "function of it, and did not reach the weight: write to model.get_parameter(...) instead"
         )
-    watched = False
     if layer._nm_frozen is not None and not torch.is_grad_enabled():
         value = layer._nm_frozen.get((name, dtype))
         if value is None:
             value = layer._nm_frozen[name, dtype] = state.value(w, dtype)
-    else:
-        value = bank.value_in_pass(layer, name, w, state, dtype)
-        if value is None:
-            value, watched = state.value(w, dtype), True
-    return hand_out(w, value, state, watched)
+        return hand_out(value, (w, state), watched=False)
+    kept = bank.value_in_pass(layer, name, w, state, dtype)
+    if kept is not None:
+        return hand_out(kept[0], kept[1], watched=False)
+    if sys._getframe(2).f_code is _GET_PARAMETER:
+        return w
+    return hand_out(state.value(w, dtype), (w, state), watched=True)
 
 
 def _sharded(layer: SparseLayer, name: str, w: DTensor, state: WeightState) -> DTensor:

@@ -24,21 +24,28 @@ from torch import Tensor
 from nm_sparsity.core.methods import WeightState
 
 _set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
+_as_subclass: Any = Tensor.as_subclass
+_make_subclass: Any = Tensor._make_subclass
 
 
 class WriteThrough(Tensor):
-    """A masked weight whose writes go to `shadow`, the shadow weight of `state`."""
+    """A masked weight whose writes go to the shadow weight."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    shadow: Tensor
-    state: WeightState
+    origin: tuple[Tensor, WeightState]
+    """The shadow weight and its state."""
     shows_shadow = False
+
+    @property
+    def shadow(self) -> Tensor:
+        """The shadow weight."""
+        return self.origin[0]
 
     def _sent(self) -> None:
         """A write went to the shadow weight, which this object shows from now on; kept values are stale."""
         self._notice()
-        self.state.writes += 1
+        self.origin[1].writes += 1
         self.shows_shadow = True
         _set_data(self, self.shadow.data)
 
@@ -48,7 +55,7 @@ class WriteThrough(Tensor):
     @property
     def data(self) -> Tensor:
         """The shadow weight's data, dense, to be written to."""
-        self.state.writes += 1  # what is written to it leaves no trace
+        self.origin[1].writes += 1  # what is written to it leaves no trace
         return self.shadow.data
 
     @data.setter
@@ -105,8 +112,8 @@ class _Watched(WriteThrough):
     """One whose value has a version counter of its own: a write that was not sent on shows when it dies."""
 
     def _notice(self) -> None:
-        if self._version and not self.shows_shadow and hasattr(self, "state"):
-            self.state.lost = True
+        if self._version and not self.shows_shadow and hasattr(self, "origin"):
+            self.origin[1].lost = True
 
     def __del__(self) -> None:
         self._notice()
@@ -149,20 +156,21 @@ def straight_through(w: Tensor, value: Tensor) -> Tensor:
     return _StraightThrough.apply(w, value)
 
 
-def hand_out(w: Tensor, value: Tensor, state: WeightState, watched: bool) -> WriteThrough:
-    """`value`, the masked value of the shadow weight `w`, as what a layer's ``weight`` is.
+def hand_out(value: Tensor, origin: tuple[Tensor, WeightState], watched: bool) -> WriteThrough:
+    """`value`, the masked value of the shadow weight in `origin`, as what a layer's ``weight`` is.
 
-    Where `watched` is False and gradients are recorded, an alias of `w` gets the value's data: that is the cheapest
-    node there is, a few microseconds with its backward, in C++.
+    Where `watched` is False and gradients are recorded, an alias of the shadow weight gets the value's data: the
+    cheapest node there is, a few microseconds with its backward, in C++.
     """
     out: WriteThrough
-    watched = watched and not value.is_inference()  # which has no version counter
-    if not torch.is_grad_enabled() or not w.requires_grad:
-        out = Tensor._make_subclass(_Watched if watched else WriteThrough, value)
-    elif watched:
-        out = _WatchedStraightThrough.apply(w, value)
-    else:
-        out = w.as_subclass(WriteThrough)
-        _set_data(out, value)
-    out.shadow, out.state = w, state
+    w = origin[0]
+    if torch.is_grad_enabled() and w.requires_grad:
+        if watched and not value.is_inference():
+            out = _WatchedStraightThrough.apply(w, value)
+        else:
+            out = _as_subclass(w, WriteThrough)
+            _set_data(out, value)
+    else:  # an inference tensor has no version counter to watch
+        out = _make_subclass(_Watched if watched and not value.is_inference() else WriteThrough, value)
+    out.origin = origin
     return out

@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from operator import is_
-from types import FrameType
+from types import FrameType, NoneType
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +47,17 @@ class _Part:
         self.group = group
         self.method = method
         self.weights = weights
+        self.params = [weight.param for weight in weights]
         self.states = [weight.state for weight in weights]
+        self.preconditioned = False
         self.batch = Batch([_local(w.param, w.state) for w in weights], [w.state.placement for w in weights])
 
     def step(self, optimizer: Optimizer) -> Step:
         """What the method sees of the present step."""
         group = optimizer.param_groups[self.group]
-        grads = [w.param.grad if w.param.grad is None else _local(w.param.grad, w.state) for w in self.weights]
+        grads: list[Tensor | None] = [param.grad for param in self.params]
+        if DTensor in set(map(type, grads)):
+            grads = [g if g is None else _local(g, state) for g, state in zip(grads, self.states, strict=True)]
         # A fused optimizer divides by the loss scale inside step.
         scale = getattr(optimizer, "grad_scale", None)
         sign = -1.0 if group.get("maximize") else 1.0
@@ -67,7 +72,9 @@ class _Part:
 
     def count(self, step: Step, lr: float | Tensor, skipped: Tensor | None, preconditioned: bool) -> None:
         """Add the learning rate of a step to the sums, on the device where it or the skipping is known only there."""
-        treated = [state for state, grad in zip(self.states, step.grads, strict=True) if grad is not None]
+        treated = self.states
+        if NoneType in set(map(type, step.grads)):
+            treated = [state for state, grad in zip(self.states, step.grads, strict=True) if grad is not None]
         if isinstance(lr, Tensor) or skipped is not None or isinstance(self.states[0].lr_sum, Tensor):
             lr = lr if skipped is None else lr * (1 - skipped)
             sums = self._sums(lr)
@@ -78,8 +85,10 @@ class _Part:
         else:
             for state in treated:
                 state.lr_sum = state.lr_sum + lr
-        for state in treated:
-            state.preconditioned |= preconditioned
+        if preconditioned and not self.preconditioned:
+            for state in treated:
+                state.preconditioned = True
+            self.preconditioned = len(treated) == len(self.states)
 
     def _sums(self, lr: float | Tensor) -> Tensor:
         """The sums as views of one tensor, so that one launch adds to all; where `lr` lies, if that is a tensor."""
@@ -115,6 +124,8 @@ class _Plan:
                     found.setdefault((groups[id(param)], state.method), []).append(_Weight(layer, name, param, state))
         self.parts = [_Part(group, method, weights) for (group, method), weights in found.items()]
         self.ids = frozenset(groups)
+        self.complete: WeakSet[bank.Scope] = WeakSet()
+        """The scopes all of whose weights are held."""
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` still holds what it did, and the layers what they did."""
@@ -152,7 +163,7 @@ def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plan: _Plan = optimizer.__dict__[_PLAN]
-    watchdog.look(plan.ids)
+    watchdog.look(plan.ids, plan.complete)
     parts = _own(optimizer, plan)
     positional = len(args) > 1  # args[0] is the optimizer itself
     closure = args[1] if positional else kwargs.get("closure")
@@ -177,7 +188,7 @@ def _treat(optimizer: Optimizer, parts: list[_Part]) -> None:
     treated = optimizer.__dict__[_TREATED] = []
     for part in parts:
         step = part.step(optimizer)
-        if any(grad is not None for grad in step.grads):
+        if set(map(type, step.grads)) != {NoneType}:
             part.method.before_step(step)
             treated.append((part, step, optimizer.param_groups[part.group].get("lr")))
 

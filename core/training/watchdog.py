@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import MutableSet
 from collections.abc import Set as AbstractSet
 
 from torch import Tensor
@@ -19,9 +20,10 @@ def alert() -> bool:
     return bool(bank.trained())
 
 
-def look(held: AbstractSet[int]) -> None:
+def look(held: AbstractSet[int], complete: MutableSet[bank.Scope]) -> None:
     """Count, at a step of an optimizer that holds the parameters with the ids `held`, the weights that it leaves out.
 
+    `complete` collects the scopes of which it leaves none out, for as long as it holds the same.
     Only models that this thread has run since its last step are looked at. A weight is left out if it has a gradient
     and the optimizer holds other parameters of its model (biases, say), or none of them and the gradient is a new
     tensor at every step: something else consumes it then. A model that accumulates while another steps keeps its own.
@@ -29,10 +31,13 @@ def look(held: AbstractSet[int]) -> None:
     scopes = bank.trained()
     bank.forget_trained()
     for scope in scopes:
+        if scope in complete:
+            scope.left_out = 0
+            continue
         weights = [(member, w) for member in scope.members if (w := member.shadow) is not None and w.requires_grad]
         left = [(m, w) for m, w in weights if id(w) not in held]
         if not left:
-            scope.left_out = 0
+            complete.add(scope)
             continue
         theirs = {id(p) for member, _ in weights for p in member.module._parameters.values()}
         grad = left[0][1].grad

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import CheckpointError, SparsityError
@@ -124,10 +125,17 @@ def check_table(model: nn.Module, metadata: Metadata) -> None:
 
 
 def sparsity_state(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What the method remembers of each sparse weight (ASP's masks, the sum of learning rates), by weight name."""
+    """What the method remembers of each sparse weight (ASP's masks, the sum of learning rates), by weight name.
+
+    Under FSDP2 call it on every rank; what is of the weight's shape is gathered.
+    """
     return {
-        name: {"lr_sum": float(weight.lr_sum), "preconditioned": weight.preconditioned, "state": dict(weight.memory)}
-        for name, _, weight in sparse_weights(unwrap(model))
+        name: {
+            "lr_sum": float(weight.lr_sum),
+            "preconditioned": weight.preconditioned,
+            "state": {key: _gathered(value, param) for key, value in weight.memory.items()},
+        }
+        for name, param, weight in sparse_weights(unwrap(model))
     }
 
 
@@ -135,24 +143,52 @@ def load_sparsity_state(model: nn.Module, state: Mapping[str, Mapping[str, Any]]
     """Give back what `sparsity_state` returned.
 
     Raises:
-        CheckpointError: if it names a weight that is not sparse in `model`.
+        CheckpointError: if it names a weight that is not sparse in `model`, or is of one of another shape.
     """
     weights = _check_sparsity_state(model, state)
     for name, memory in state.items():
-        weights[name].memory = dict(memory["state"])
-        weights[name].lr_sum = memory["lr_sum"]
-        weights[name].preconditioned = memory["preconditioned"]
+        param, weight = weights[name]
+        weight.memory = {key: _shard(value, param) for key, value in memory["state"].items()}
+        weight.lr_sum = memory["lr_sum"]
+        weight.preconditioned = memory["preconditioned"]
 
 
-def _check_sparsity_state(model: nn.Module, state: Mapping[str, Mapping[str, Any]]) -> dict[str, WeightState]:
+def _check_sparsity_state(
+    model: nn.Module, state: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[nn.Parameter, WeightState]]:
     """The sparse weights of `model` by name, if `state` is of such weights and has all that `sparsity_state` gives."""
-    weights = {name: weight for name, _, weight in sparse_weights(unwrap(model))}
+    weights = {name: (param, weight) for name, param, weight in sparse_weights(unwrap(model))}
     for name, memory in state.items():
         if name not in weights:
             raise CheckpointError(f"the method's state names {name}, which is not a sparse weight of this model")
         if missing := {"lr_sum", "preconditioned", "state"} - set(memory):
             raise CheckpointError(f"the method's state of {name} lacks {', '.join(sorted(missing))}")
+        if not isinstance(memory["state"], Mapping):
+            raise CheckpointError(f"the method's state of {name} is {type(memory['state']).__name__}, not a mapping")
+        shape = weights[name][0].shape
+        for key, value in memory["state"].items():
+            if isinstance(value, Tensor) and value.dim() == len(shape) and value.shape != shape:
+                raise CheckpointError(f"the {key} of {name} has shape {tuple(value.shape)}, the weight {tuple(shape)}")
     return weights
+
+
+def _gathered(value: Any, param: Tensor) -> Any:
+    """What a method remembers of a weight, of all ranks' rows where `param` is sharded."""
+    if not (isinstance(param, DTensor) and isinstance(value, Tensor) and value.shape == param.to_local().shape):
+        return value
+    plain = value.to(torch.uint8) if value.dtype == torch.bool else value  # gloo gathers no bool
+    placed = DTensor.from_local(
+        plain, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+    return placed.full_tensor().to(value.dtype)
+
+
+def _shard(value: Any, param: Tensor) -> Any:
+    """The inverse of `_gathered`."""
+    if not (isinstance(param, DTensor) and isinstance(value, Tensor) and value.shape == param.shape):
+        return value
+    plain = value.to(param.device, torch.uint8 if value.dtype == torch.bool else value.dtype)
+    return distribute_tensor(plain, param.device_mesh, param.placements).to_local().to(value.dtype)
 
 
 def _whole(value: Any) -> Any:

@@ -65,7 +65,7 @@ class Metadata:
             return raw
         if not isinstance(raw, Mapping):
             raise CheckpointError(f'the entry "{METADATA}" of {where} is damaged: it is {_brief(raw)}')
-        if read("format", _whole_number) > FORMAT:
+        if read("format", _positive) > FORMAT:
             raise CheckpointError(f"{where} was written by a newer nm-sparsity (format {raw['format']}): update it")
         return cls(
             method=read("method", _of(str)),
@@ -140,6 +140,12 @@ def _whole_number(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError
     return value
+
+
+def _positive(value: Any) -> int:
+    if _whole_number(value) < 1:
+        raise ValueError
+    return int(value)
 
 
 def _dict_of(convert: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:

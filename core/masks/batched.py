@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks import reference
 from nm_sparsity.core.masks.backends import backend_of, covering, rounds_to
 from nm_sparsity.core.masks.groups import reduction_last, restore_order
@@ -43,6 +44,7 @@ class Batch:
         self._order: list[int] = []
         """Where each weight's result stands among the parts' and then the others'."""
 
+    @torch.inference_mode(False)  # what is made in a pass may be used outside of inference mode, too
     @torch.no_grad()
     def keep_largest(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The masked weights, detached, in the shapes and strides of the weights.
@@ -193,7 +195,7 @@ class _Part:
         """The `result` of every weight in memory of its own."""
         # New pages cost a CPU more than the masks do, so it takes the memory of results that nobody holds any more.
         out = self._spare.pop(dtype, None)
-        if out is None or _holders(out) > _ALONE or out.is_inference() != torch.is_inference_mode_enabled():
+        if out is None or _holders(out) > _ALONE:
             out = torch.empty(self._size, dtype=dtype, device=self.device)
         self.rows.run(result, out, self._starts, dtype)
         # Below autograd's bookkeeping of views, so that each result counts its own versions.
@@ -232,6 +234,10 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     groups: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
     with torch.no_grad():
         for target, mask in zip(targets, masks, strict=True):
+            if mask.shape != target.shape:
+                raise SparsityError(
+                    f"a mask of shape {tuple(mask.shape)} is not one of a weight of {tuple(target.shape)}"
+                )
             alike = mask.dtype is torch.bool and lie_alike(mask, target) and is_dense(target)
             backend = backend_of(target) if alike and target.element_size() in (2, 4, 8) else None
             if backend is None:

@@ -79,6 +79,8 @@ class WeightState:
     """Sum of the learning rates of all optimizer steps so far: lambda * lr_sum is the strength of the decay."""
     preconditioned: bool = False
     """Whether an adaptive optimizer stepped it, under which the strength has no natural scale."""
+    stepped: bool = field(default=False, compare=False)
+    """Whether an optimizer of this process stepped it."""
     writes: int = field(default=0, compare=False)
     """How often something was written to the weight through what the layer handed out: values kept before are stale."""
     lost: bool = field(default=False, compare=False)

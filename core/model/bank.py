@@ -6,11 +6,13 @@ checkpointed block that is recomputed. Where FSDP2 shards the weights of a scope
 their own, as each unit is gathered. The first read of a weight in a pass makes the values of all its weights that are
 there, in the dtype that autocast asks for at that moment; one that is written to during the pass is made anew.
 
-Under `torch.compile` the same happens while the graph is traced, which then holds one call for all values.
+Under `torch.compile` the same happens while the graph is traced, which then holds one call for all values. There, a
+write to a weight between two reads of it in one pass is not seen.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Container, Iterable
 from functools import cached_property
@@ -31,6 +33,8 @@ from nm_sparsity.core.pattern import NMPattern, Placement
 _SCOPE = "_nm_scope"
 _NOTHING: dict[int, Any] = {}
 _version: Callable[[Tensor], int] = attrgetter("_version")
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_CALL = nn.Module._call_impl.__code__
 _generation = object()
 
 
@@ -62,8 +66,9 @@ class Member(NamedTuple):
 
 
 Kept = tuple[Tensor, tuple[Tensor, WeightState], int, int, int]
-"""The value of a weight in a pass, the shadow weight with its state, and what tells, as far as that can be seen, that it
-was written to since: its version counter, its pointer, the number of writes that were sent on."""
+"""The value of a weight in a pass, the shadow weight with its state, and what tells, as far as that can be seen, that
+it was written to since: its version counter, its pointer, the number of writes that were sent on. The tuple also keeps
+the shadow weight alive, so that its id stays its own."""
 
 
 class Scope:
@@ -117,9 +122,13 @@ class Scope:
             if without or kind != self._kind or not all(map(is_, now, self._seen)):
                 self._found = self.together(like, without)
                 self._batch = Batch([w for w, _ in self._found], [state.placement for _, state in self._found])
-                self._kind, self._seen = None if without else kind, now
+                # Weights of `functional_call` come once and must not be kept alive.
+                again = not without and all(type(w) is nn.Parameter for w, _ in self._found)
+                self._kind, self._seen = (kind, now) if again else (None, [])
             values = self._batch.keep_largest(None if dtype == like.dtype else dtype)
             weights, found = self._batch.weights, self._found
+            if self._kind is None:
+                self._found, self._batch = [], Batch([], [])
         marks = zip(
             values,
             found,
@@ -176,10 +185,14 @@ class _Thread(threading.local):
 
 
 class _Trace:
-    """The pass that `torch.compile` is tracing; its values are nodes of the graph."""
+    """The pass that `torch.compile` is tracing: its values, nodes of the graph, by the id of the shadow weight.
+
+    They are made when the pass begins, for the autocast state of that moment, and only read after that: graphs inside
+    the graph (checkpointed blocks, branches) allow no writes. Other reads get a node of their own.
+    """
 
     scope: Scope | None = None
-    values: dict[tuple[int, torch.dtype], Tensor]
+    values: dict[int, Tensor]
 
 
 _thread = _Thread()
@@ -197,22 +210,32 @@ def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtyp
     return None
 
 
-def value_in_trace(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor | None:
-    """As `value_in_pass`, straight-through, while a graph is traced."""
-    scope = _trace.scope
-    if scope is None or not state.batched or not scope.has(module, name):
-        return None
-    if (id(w), dtype) not in _trace.values:
-        read = {key for key, _ in _trace.values} - {id(w)}
-        found = scope.together(w, read)
-        values = _traced([w for w, _ in found], [state.placement for _, state in found], dtype)
-        for (other, _), value in zip(found, values, strict=True):
-            _trace.values[id(other), dtype] = value
-    return _trace.values[id(w), dtype]
+def value_in_trace(w: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """As `value_in_pass`, while a graph is traced."""
+    value = None if _trace.scope is None else _trace.values.get(id(w))
+    return value if value is not None and value.dtype == dtype else None
+
+
+def computed_dtype(w: Tensor) -> torch.dtype:
+    """The dtype that a product with `w` is computed in here: what autocast would round it to."""
+    if _autocast() and w.dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
+        return torch.get_autocast_dtype(w.device.type)
+    return w.dtype
+
+
+def _begin_trace(scope: Scope) -> None:
+    _trace.scope, _trace.values = scope, {}
+    for member in scope.members:
+        w = member.shadow
+        if w is not None and member.state.batched and id(w) not in _trace.values:
+            found = scope.together(w, _trace.values)
+            placements = [state.placement for _, state in found]
+            values = _traced([w.detach() for w, _ in found], placements, computed_dtype(w))
+            _trace.values.update(zip([id(w) for w, _ in found], values, strict=True))
 
 
 def _traced(weights: list[Tensor], placements: list[Placement], dtype: torch.dtype) -> list[Tensor]:
-    """The straight-through values as nodes of a graph: one for each pattern, where groups lie along one dimension."""
+    """The values as nodes of a graph: one for each pattern, where groups lie along one dimension."""
     values: dict[int, Tensor] = {}
     together: dict[NMPattern, list[int]] = {}
     for i, (pattern, dims) in enumerate(placements):
@@ -278,16 +301,27 @@ def _open(module: nn.Module, args: tuple[Any, ...]) -> None:
     scope: Scope = module.__dict__[_SCOPE]
     if torch.compiler.is_dynamo_compiling():
         if _trace.scope is None or _trace.scope is scope:
-            _trace.scope, _trace.values = scope, {}
+            _begin_trace(scope)
         return
     _trace.scope = None
     passes = _thread.passes
+    if any(running.scope is scope for running in passes) and not _calls_itself(module):
+        passes.clear()  # left open by an interrupt, which torch's hooks do not see
     if passes and passes[-1].scope is scope:
-        passes[-1].depth += 1  # a module that calls itself
+        passes[-1].depth += 1
     elif not passes or passes[-1].sharded or not _covers(passes[-1].scope, scope):
         passes.append(_Pass(scope))
         if torch.is_grad_enabled():
             _thread.trained[id(scope)] = ref(scope)
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    """Whether `module`, which is being called, is running already."""
+    calls, frame = 0, sys._getframe(2)
+    while frame is not None and calls < 2:
+        calls += frame.f_code is _CALL and frame.f_locals.get("self") is module
+        frame = frame.f_back  # type: ignore[assignment]
+    return calls > 1
 
 
 def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -27,7 +27,6 @@ from nm_sparsity.core.model.write_through import hand_out, straight_through
 _live: dict[int, ref[SparseLayer]] = {}
 _PLAIN = (nn.Parameter, Tensor)
 _tracing_graph = torch.compiler.is_dynamo_compiling
-_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_transforms = torch._C._are_functorch_transforms_active
 _tracer = torch._C._get_tracing_state
@@ -208,12 +207,10 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
     plain = type(w) in _PLAIN
     if not plain and isinstance(w, DTensor):
         return _sharded(layer, name, w, state)
-    dtype = w.dtype
-    if _autocast() and dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
-        dtype = torch.get_autocast_dtype(w.device.type)  # what autocast would round the value to
+    dtype = bank.computed_dtype(w)
     if _tracing_graph():
-        traced = bank.value_in_trace(layer, name, w, state, dtype)
-        return _differentiable(w, state, dtype) if traced is None else traced
+        traced = bank.value_in_trace(w, dtype)
+        return _differentiable(w, state, dtype) if traced is None else straight_through(w, traced)
     # Function transforms, tracers and modes see nothing but operations.
     if (
         not plain
@@ -225,14 +222,16 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
     ):
         return _differentiable(w, state, dtype)
     if state.lost:
+        state.lost = False
         raise RuntimeError(
             f"something was written to {type(layer).__name__}.{name} through a view, detach(), out= or a foreach "
             "function of it, and did not reach the weight: write to model.get_parameter(...) instead"
         )
-    if layer._nm_frozen is not None and not torch.is_grad_enabled():
-        value = layer._nm_frozen.get((name, dtype))
+    frozen_values = layer._nm_frozen
+    if frozen_values is not None and not torch.is_grad_enabled():
+        value = frozen_values.get((name, dtype))
         if value is None:
-            value = layer._nm_frozen[name, dtype] = state.value(w, dtype)
+            value = frozen_values[name, dtype] = state.value(w, dtype)
         return hand_out(value, (w, state), watched=False)
     kept = bank.value_in_pass(layer, name, w, state, dtype)
     if kept is not None:

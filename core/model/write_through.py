@@ -119,11 +119,14 @@ class _Watched(WriteThrough):
         self._notice()
 
 
-def _sends(name: str) -> Callable[..., WriteThrough]:
-    def method(self: WriteThrough, *args: Any, **kwargs: Any) -> WriteThrough:
+def _sends(name: str) -> Callable[..., Tensor]:
+    # ``layer.weight *= 2`` assigns what it gets to the layer, which takes a Parameter.
+    augmented = name.startswith("__")
+
+    def method(self: WriteThrough, *args: Any, **kwargs: Any) -> Tensor:
         getattr(self.shadow, name)(*args, **kwargs)
         self._sent()
-        return self
+        return self.shadow if augmented else self
 
     method.__name__, method.__doc__ = name, f"As `Tensor.{name}`, of the shadow weight."
     return method

@@ -29,6 +29,9 @@ from nm_sparsity.core.methods import Method, Step, WeightState
 from nm_sparsity.core.model import bank, layers
 from nm_sparsity.core.training import watchdog
 
+_outside_graphs: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+"""What torch.optim uses itself: a compiled step calls the hooks as they are."""
+
 _PLAN, _HANDLE, _TREATED = "_nm_plan", "_nm_handle", "_nm_treated"
 """Attributes of an optimizer: what it holds, our place among its hooks, what was treated in the running step."""
 
@@ -49,8 +52,15 @@ class _Part:
         self.weights = weights
         self.params = [weight.param for weight in weights]
         self.states = [weight.state for weight in weights]
-        self.preconditioned = False
+        self.counted = False
+        self.sharded = any(isinstance(param, DTensor) for param in self.params)
         self.batch = Batch([_local(w.param, w.state) for w in weights], [w.state.placement for w in weights])
+
+    def is_local(self) -> bool:
+        """Whether the batch still has this rank's shards, which ``model.to`` replaces in the same parameters."""
+        return not self.sharded or all(
+            _local(w.param, w.state) is local for w, local in zip(self.weights, self.batch.weights, strict=True)
+        )
 
     def step(self, optimizer: Optimizer) -> Step:
         """What the method sees of the present step."""
@@ -85,10 +95,11 @@ class _Part:
         else:
             for state in treated:
                 state.lr_sum = state.lr_sum + lr
-        if preconditioned and not self.preconditioned:
+        if not self.counted:
             for state in treated:
-                state.preconditioned = True
-            self.preconditioned = len(treated) == len(self.states)
+                state.stepped = True
+                state.preconditioned |= preconditioned
+            self.counted = len(treated) == len(self.states)
 
     def _sums(self, lr: float | Tensor) -> Tensor:
         """The sums as views of one tensor, so that one launch adds to all; where `lr` lies, if that is a tensor."""
@@ -135,6 +146,7 @@ class _Plan:
             and len(held) == len(self.held)
             and all(map(is_, held, self.held))
             and all(w.layer._parameters.get(w.name) is w.param for part in self.parts for w in part.weights)
+            and all(part.is_local() for part in self.parts)
         )
 
 
@@ -152,6 +164,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+@_outside_graphs
 def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """The global hook: makes `_before_step` the last of the optimizer's own, after the user's that clip gradients."""
     bank.end_passes()
@@ -161,10 +174,13 @@ def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         optimizer.__dict__[_HANDLE] = optimizer.register_step_pre_hook(_before_step)
 
 
+@_outside_graphs
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plan: _Plan = optimizer.__dict__[_PLAN]
     watchdog.look(plan.ids, plan.complete)
     parts = _own(optimizer, plan)
+    if not parts:  # an outer step has treated them
+        return None
     positional = len(args) > 1  # args[0] is the optimizer itself
     closure = args[1] if positional else kwargs.get("closure")
     if closure is None:
@@ -193,6 +209,7 @@ def _treat(optimizer: Optimizer, parts: list[_Part]) -> None:
             treated.append((part, step, optimizer.param_groups[part.group].get("lr")))
 
 
+@_outside_graphs
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     bank.end_passes()
@@ -208,7 +225,8 @@ def _any_nonzero(grads: list[Tensor | None]) -> Tensor | float:
     A step with learning rate 0 and gradients of zeros is none: `torch.distributed.checkpoint` makes it to have
     optimizer states. One with learning rate 0 and real gradients begins a warm-up, and moves the optimizer's moments.
     """
-    largest = torch._foreach_norm([grad for grad in grads if grad is not None], torch.inf)
+    # An empty gradient is what FSDP2 leaves a rank of a weight with fewer rows than ranks.
+    largest = torch._foreach_norm([grad for grad in grads if grad is not None and grad.numel()], torch.inf)
     return torch.stack([norm.to(largest[0]) for norm in largest]).amax().ne(0) if largest else 0.0
 
 

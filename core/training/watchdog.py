@@ -39,19 +39,15 @@ def look(held: AbstractSet[int], complete: MutableSet[bank.Scope]) -> None:
         if not left:
             complete.add(scope)
             continue
+        grads = [w.grad for member, w in left if w.grad is not None and not member.state.stepped]
         theirs = {id(p) for member, _ in weights for p in member.module._parameters.values()}
-        grad = left[0][1].grad
-        if (
-            grad is None
-            or (len(left) < len(weights) and left[0][0].state.lr_sum)
-            or (not theirs & held and _is(scope.gradient, grad))
-        ):
+        if not grads or (not theirs & held and _is(scope.gradient, grads[0])):
             continue
-        scope.gradient = TensorWeakRef(grad)
+        scope.gradient = TensorWeakRef(grads[0])
         scope.left_out += 1
         if scope.left_out == STEPS:
             warnings.warn(
-                f"{len(left)} sparse weights got gradients, but no optimizer that made the last {STEPS} steps holds "
+                f"{len(grads)} sparse weights got gradients, but no optimizer that made the last {STEPS} steps holds "
                 "them: neither they nor their decay are applied. Give model.parameters() to a torch.optim optimizer "
                 "that does not copy or flatten them (layer.weight is the masked value and no nn.Parameter)",
                 UserWarning,

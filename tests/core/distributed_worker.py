@@ -116,6 +116,28 @@ def main() -> None:
         finalize(plain)
     results["split is what finalize writes"] = all(torch.equal(state[k], v) for k, v in plain.state_dict().items())
 
+    # ASP's masks are gathered too: one process goes on from them, and so does another sharding.
+    fixed = make()
+    sparsify(fixed, "2:4", method="asp")
+    fully_shard(fixed)
+    train(fixed, sgd(fixed.parameters()), mine)
+    state, metadata = checkpoint.split(fixed)
+    results["asp masks are whole"] = all(
+        memory["state"]["mask"].shape == state[name].shape for name, memory in metadata["state"].items()
+    )
+    again, alone = make(), make()
+    for net in (again, alone):
+        sparsify(net, "2:4", method="asp")
+    fully_shard(again[0])
+    fully_shard(again)
+    for net in (again, alone):
+        checkpoint.restore(net, state, metadata)
+    train(again, sgd(again.parameters()), mine)
+    train(alone, sgd(alone.parameters()))
+    train(fixed, sgd(fixed.parameters()), mine)
+    results["asp resume sharded"] = float((whole(again) - whole(fixed)).abs().max())
+    results["asp resume in one process"] = float((whole(alone) - whole(fixed)).abs().max())
+
     tracker = MaskTracker(sharded)
     train(sharded, sgd(sharded.parameters()), mine)
     flips = tracker.update()

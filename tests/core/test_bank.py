@@ -3,6 +3,7 @@
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -291,8 +292,6 @@ def test_a_model_is_freed_with_its_last_reference() -> None:
     seen: list[int] = []
     gc.disable()
     try:
-        import weakref
-
         weakref.finalize(model[0].up._parameters["weight"], seen.append, 1)
         del model, optimizer
     finally:
@@ -414,3 +413,104 @@ def test_training_in_passes_equals_training_with_single_reads(
     assert any(moved)
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+class Branches(nn.Module):
+    """Reads a weight without gradients first, and leaves another unused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.a(x)
+        return self.b(self.a(x)) + target  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_gradients_are_the_eager_ones_where_parts_run_without(autocast: bool) -> None:
+    torch.manual_seed(0)
+    eager, x = Branches(), torch.randn(2, 16)
+    sparsify(eager)
+    twin = copy.deepcopy(eager)
+    for net, call in ((eager, eager), (twin, torch.compile(twin, fullgraph=True, backend="aot_eager"))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            call(x).float().square().sum().backward()
+        assert net.unused._parameters["weight"].grad is None
+    for p, q in zip(eager.parameters(), twin.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_compiled_model_with_checkpointed_blocks_has_no_graph_break() -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self:
+                x = checkpoint(block, x, use_reentrant=False)
+            return x
+
+    model = Checkpointed(*blocks())
+    dense, x = masked_twin(model), torch.randn(2, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = []
+    for net, call in ((model, compiled), (dense, dense)):
+        call(x).square().sum().backward()
+        found.append([p.grad for p in net.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inference_mode_inside_a_forward_does_not_reach_the_rest_of_it() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                self.a(x)
+            return self.norm(self.a(x)).square()  # type: ignore[no-any-return]
+
+    model = Mixed()
+    dense, x = masked_twin(model), torch.randn(2, 16)
+    assert_same(model, dense, x, lambda net, x: net(x))
+
+
+def test_an_interrupt_in_a_forward_leaves_nothing_for_the_next() -> None:
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.interrupts = Block(), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.block(x)
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return x
+
+    model, x = Interrupted(), torch.randn(2, 16)
+    dense = masked_twin(model)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        for net in (model, dense):
+            net.interrupts = False
+            net.block.up._parameters["weight"].data.zero_()
+        assert torch.equal(model(x), dense(x))
+    assert not bank._thread.passes
+
+
+def test_functional_weights_are_told_apart_and_not_kept() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    sparsify(model)
+    seen = []
+    with torch.no_grad():
+        for i in range(6):
+            weights = {"0.weight": torch.full((4, 4), float(i))}
+            seen.append(torch.func.functional_call(model, weights, torch.ones(1, 4))[0, 0].item())
+            alive = weakref.ref(weights["0.weight"])
+            del weights
+            assert alive() is None
+    assert seen == [2.0 * i for i in range(6)]

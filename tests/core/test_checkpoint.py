@@ -317,6 +317,10 @@ def test_a_file_of_the_first_format_loads(tmp_path: Path) -> None:
     assert entry["state"]["0.weight"]["lr_sum"] == 0.1
 
 
+def with_memory(metadata: dict[str, Any], memory: Any) -> dict[str, Any]:
+    return {**metadata, "state": {"0.weight": {"lr_sum": 0.0, "preconditioned": False, "state": memory}}}
+
+
 DAMAGE: dict[str, Any] = {
     "a number": lambda m: 5,
     "empty": lambda m: {},
@@ -335,6 +339,9 @@ DAMAGE: dict[str, Any] = {
     "state of no weight": lambda m: {**m, "state": {"9.weight": {"lr_sum": 0.0, "preconditioned": False, "state": {}}}},
     "half a state": lambda m: {**m, "state": {"0.weight": {"lr_sum": 0.0}}},
     "state as a list": lambda m: {**m, "state": [1]},
+    "memory of no kind": lambda m: with_memory(m, 3),
+    "a mask of another shape": lambda m: with_memory(m, {"mask": torch.ones(4, 8, dtype=torch.bool)}),
+    "a format before the first": lambda m: {**m, "format": 0},
 }
 
 

@@ -464,6 +464,46 @@ def test_threads_that_train_and_make_models_do_not_meet(shared: bool) -> None:
             assert torch.equal(a, b)
 
 
+def test_optimizers_of_parts_that_take_turns_are_not_reported() -> None:
+    net = make_net("sr-ste")
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    biases = [p for p in net.parameters() if p.dim() == 1]
+    optimizers = [torch.optim.Adam(biases, lr=0.01), torch.optim.SGD(weights, lr=0.01)]
+    for _ in range(15):
+        net.zero_grad()
+        loss_of(net).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def test_a_subclass_that_calls_its_base_steps_once() -> None:
+    class Own(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)  # the base class has hooks of its own from here on
+    net = make_net("asp")
+    optimizer = Own(net.parameters(), lr=LR, momentum=0.9)
+    for seed in range(2):
+        optimizer.zero_grad()
+        loss_of(net, seed).backward()
+        optimizer.step()
+    assert all(satisfies(p, "2:4") for p in net.parameters() if p.dim() > 1)
+    assert {memory["lr_sum"] for memory in sparsity_state(net).values()} == {2 * LR}
+
+
+def test_a_compiled_step_decays() -> None:
+    nets = [make_net("sr-ste"), make_net("sr-ste")]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=LR) for net in nets]
+    compiled = torch.compile(lambda: optimizers[1].step(), backend="aot_eager")
+    for net, step in zip(nets, (optimizers[0].step, compiled), strict=True):
+        loss_of(net).backward()
+        step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert decay_strength(nets[1]) == pytest.approx(LAMBDA * LR)
+
+
 def test_half_precision_weights_are_warned_about() -> None:
     net = nn.Sequential(nn.Linear(8, 8)).bfloat16()
     with pytest.warns(UserWarning, match="half precision"):

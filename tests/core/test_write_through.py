@@ -98,6 +98,18 @@ def test_idioms_around_gradients(grad: bool) -> None:
     assert frozen.requires_grad
 
 
+def test_an_augmented_assignment_writes_and_keeps_the_parameter() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    shadow = model[0]._parameters["weight"]
+    before = shadow.detach().clone()
+    with torch.no_grad():
+        model[0].weight *= 0.5
+    assert model[0]._parameters["weight"] is shadow
+    assert torch.equal(shadow, before * 0.5)
+    assert torch.equal(model[0].weight, keep_largest(shadow, "2:4"))
+
+
 def test_get_parameter_finds_the_parameter() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     sparsify(model, "2:4")
@@ -127,6 +139,7 @@ def test_a_write_that_cannot_be_sent_on_raises_at_the_next_use(write: str, recor
     del reader
     with pytest.raises(RuntimeError, match=r"written to SparseLinear.weight through a view, detach\(\), out="):
         model(torch.randn(2, 8))
+    model(torch.randn(2, 8))  # said once
 
 
 def test_a_lost_write_in_a_pass_raises_at_the_next() -> None:

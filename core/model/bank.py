@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.weak import TensorWeakRef
 
 from nm_sparsity.core import masks
+from nm_sparsity.core.masks import ops
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.pattern import NMPattern, Placement
@@ -245,7 +246,7 @@ def _traced(weights: list[Tensor], placements: list[Placement], dtype: torch.dty
             values[i] = masks.keep_largest(weights[i], pattern, dims, dtype)
     for pattern, places in together.items():
         ws, axes = [weights[i] for i in places], [placements[i].dims[0] for i in places]
-        made = torch.ops.nm_sparsity.keep_largest_many(ws, pattern.n, pattern.m, axes, dtype)
+        made = ops.keep_largest_many(ws, pattern.n, pattern.m, axes, dtype)
         values.update(zip(places, made, strict=True))
     return [values[i] for i in range(len(weights))]
 

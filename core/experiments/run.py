@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.files.io import replacing
 
 CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl"
 """In every run folder: what was asked, where it ran, what came out."""
@@ -116,8 +117,9 @@ def as_json(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` (dataclasses allowed) as indented JSON in `path`."""
-    path.write_text(json.dumps(as_json(value), indent=2) + "\n", encoding="utf-8")
+    """`value` (dataclasses allowed) as indented JSON in `path`, whole or not at all: others may be reading it."""
+    with replacing(path) as file:
+        file.write((json.dumps(as_json(value), indent=2) + "\n").encode())
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ fsync, saves = os.fsync, 0
 
 def slow(file):
     global saves
-    saves += 1
+    saves += "latest.pt" in os.readlink(f"/proc/self/fd/{file}")
     if saves == 3:
         print("saving", flush=True)
         time.sleep(600)

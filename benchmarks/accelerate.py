@@ -21,6 +21,7 @@ from nm_sparsity.core.deploy.convert import to_semi_structured
 from nm_sparsity.core.deploy.onnx import to_onnx
 from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
 from nm_sparsity.core.files.metadata import find_parts
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SparsityError(
             f"--input takes a shape such as 64,3,32,32, --args a JSON list, --vocabulary a number above 0: {error}"
         ) from error
-    out = report.writable(args.out)
+    out = make_folder(args.out)
     named = ":" in args.model
     model = user_model.build(args.model, arguments) if named else models.workload(args.model).build()
     steps = accelerate(args.checkpoint, model, x, out, args.rounds)

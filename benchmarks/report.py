@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import environment
 from nm_sparsity.core.table import format_table
 
@@ -83,7 +84,7 @@ class Result:
         Raises:
             SparsityError: if it cannot be written.
         """
-        path = writable(folder) / f"{self.name}.json"
+        path = make_folder(Path(folder)) / f"{self.name}.json"
         rows = ",\n  ".join(json.dumps(row) for row in self.rows)
         head = json.dumps({"what": self.what, "device": self.device, "environment": self.environment}, indent=1)
         path.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
@@ -124,23 +125,6 @@ def slug(text: str) -> str:
 def device_name(device: torch.device) -> str:
     """The name of the hardware behind `device`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(environment()["cpu"])
-
-
-def writable(folder: str | Path) -> Path:
-    """The path of `folder`, which is made if need be.
-
-    Raises:
-        SparsityError: if nothing can be written there; called before a measurement, not after it.
-    """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{datetime.now(UTC).timestamp()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SparsityError(f"cannot write results to {folder}: {error.strerror or error}") from error
-    return folder
 
 
 def choose_device(name: str) -> torch.device:
@@ -191,7 +175,7 @@ def saved(what: str, device: torch.device, folder: str | Path) -> Iterator[Resul
     Raises:
         SparsityError: at once, if `folder` cannot be written.
     """
-    result = Result(what, device_name(device), folder=writable(folder))
+    result = Result(what, device_name(device), folder=make_folder(Path(folder)))
     try:
         yield result
     except Exception as error:

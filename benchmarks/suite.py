@@ -20,6 +20,7 @@ from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.benchmarks.timing import Budget
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.folders import make_folder
 
 Step = Callable[[Result], None]
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="of measuring; what is left then becomes rows that say so")
     args = parser.parse_args(argv)
     device, budget = report.set_up(args), Budget(args.minutes)
-    report.writable(args.out)
+    make_folder(Path(args.out))
     machine, quick, rounds = inference.Machine.of(device), args.quick, 3 if args.quick else 10
     dtypes = inference.default_dtypes(device)
 

@@ -274,10 +274,10 @@ class Trainer:
         elif config.init_from:
             path = find_checkpoint(config.init_from)
             restore(model, find_parts(load(path), path)[0])
-        elif config.sparsity.method == "asp" and not config.resume:
+        elif config.sparsity.make_method().starts_trained and not config.resume:
             raise SparsityError(
-                "asp needs a trained dense model: train one (e.g. the same recipe with --method dense) and "
-                "give it with --init-from RUN, or use --pretrained"
+                f"{config.sparsity.method} prunes a trained dense model: train one (e.g. the same recipe with --method "
+                "dense) and give it with --init-from RUN, or use --pretrained"
             )
         return model
 

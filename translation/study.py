@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from nm_sparsity.core import SparsityError
+from nm_sparsity.core import SparsityError, make_method
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
@@ -79,7 +79,7 @@ class TranslationStudy(Study):
             prepare_corpus(recipe.data.name, recipe.data)
 
     def steps(self, method: str) -> int:
-        return max(1, self.length // 2) if method == "asp" else self.length
+        return max(1, self.length // 2) if make_method(method).starts_trained else self.length
 
     def commands(self, run: Run) -> list[list[str]]:
         more = [f"--max-update={run.steps}", *self.fairseq]

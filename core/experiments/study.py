@@ -20,9 +20,6 @@ from nm_sparsity.core.experiments.plots import Curve
 from nm_sparsity.core.methods import make_method
 from nm_sparsity.core.pattern import NMPattern
 
-STARTS_TRAINED = ("asp",)
-"""Methods that prune a trained model: they start from the dense run of their seed."""
-
 COMMANDS = "commands.json"
 """What a run folder of a study holds from the beginning on: the commands that make the run."""
 
@@ -180,7 +177,7 @@ class Study(ABC):
         """The run of `method` with `seed`; `steps` other than the method's own become part of its name."""
         words = [method, pattern.replace(":", "to"), "" if decay is None else f"{decay:g}", f"seed{seed}"]
         words += [] if steps is None else [f"{steps}{self.unit}"]
-        start = self.run("dense", seed) if method in STARTS_TRAINED else None
+        start = self.run("dense", seed) if make_method(method).starts_trained else None
         name = "-".join(filter(None, words))
         return Run(name, method, pattern, seed, steps or self.steps(method), decay, start)
 

@@ -30,6 +30,7 @@ class ASP(Method):
     """
 
     name = "asp"
+    starts_trained = True
 
     def before_step(self, step: Step) -> None:
         new = [i for i, state in enumerate(step.states) if "mask" not in state.memory]

@@ -27,6 +27,8 @@ class Method:
 
     name: ClassVar[str]
     trains_sparse: ClassVar[bool] = True
+    starts_trained: ClassVar[bool] = False
+    """Whether it prunes a trained model: commands then ask for one to start from."""
 
     def value(self, w: Tensor, state: WeightState) -> Tensor:
         """What a layer computes with for the shadow weight `w`, in its shape and dtype, without autograd.

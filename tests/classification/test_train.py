@@ -243,7 +243,7 @@ def test_asp_keeps_the_largest_of_the_dense_run_and_never_moves_its_mask(tiny: T
 
 
 def test_asp_needs_a_trained_dense_model(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(SparsityError, match=r"asp needs a trained dense model: train one .* --init-from RUN"):
+    with pytest.raises(SparsityError, match=r"asp prunes a trained dense model: train one .* --init-from RUN"):
         train(tiny("digits_2to4_asp"))
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         train(tiny("digits_2to4_asp", init_from=tmp_path / "nowhere"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -54,28 +53,3 @@ def test_what_apt_says_last_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyP
     first, second = str(caught.value).splitlines()
     assert first == "`apt-get download words` failed: E: Unable to locate package words"
     assert "apt-get update" in second
-
-
-@pytest.fixture
-def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that pip looks into instead of the network."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    (tmp_path / "index").mkdir()
-    return tmp_path / "index"
-
-
-def test_wheels_are_unpacked_and_not_installed(index: Path, tmp_path: Path) -> None:
-    with zipfile.ZipFile(index / "words-1.0-py3-none-any.whl", "w") as archive:
-        archive.writestr("words/data/words.txt", "one two")
-        archive.writestr("words-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: words\nVersion: 1.0\n")
-        archive.writestr("words-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr("words-1.0.dist-info/RECORD", "")
-    fetch.wheel("words==1.0", tmp_path / "out")
-    assert (tmp_path / "out/words/data/words.txt").read_text() == "one two"
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"words", "words-1.0.dist-info"}
-
-
-def test_a_wheel_that_is_nowhere_is_named(index: Path, tmp_path: Path) -> None:
-    with pytest.raises(SparsityError, match=r"download .*words==2\.0` failed: ERROR: No matching distribution"):
-        fetch.wheel("words==2.0", tmp_path / "out")

@@ -167,7 +167,7 @@ def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
     asp = SparsityConfig(method="asp")
     with pytest.raises(SparsityError, match="not a prepared corpus"):
         train.train(recipes.TransformerConfig(data=tmp_path, folder=tmp_path / "run"))
-    with pytest.raises(SparsityError, match="ASP prunes a trained dense model: name its run with --init-from"):
+    with pytest.raises(SparsityError, match="asp prunes a trained dense model: name its run with --init-from"):
         train.train(recipes.TransformerConfig(data=corpus, folder=tmp_path / "run", sparsity=asp))
     with pytest.raises(SparsityError, match="there is no checkpoint"):
         train.train(

@@ -79,7 +79,7 @@ def test_a_small_run_writes_its_rows(
         (["--device", "tpu"], 'unknown device "tpu"'),
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--threads", "0"], "--threads must be at least 1"),
-        (["--out", "/proc/none"], "cannot write results to /proc/none"),
+        (["--out", "/proc/none"], "cannot write to the folder /proc/none"),
     ],
 )
 def test_bad_arguments_give_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,4 +43,4 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert suite.main(["--minutes", "0"]) == 1
     assert "error: --minutes must be above 0" in capsys.readouterr().err
     assert suite.main(["--out", "/proc/none", "--device", "cpu"]) == 1
-    assert "error: cannot write results to /proc/none" in capsys.readouterr().err
+    assert "error: cannot write to the folder /proc/none" in capsys.readouterr().err

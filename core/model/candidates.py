@@ -15,6 +15,8 @@ from nm_sparsity.core.pattern import Layout, NMPattern
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, *_CONVS, *_TRANSPOSED, nn.MultiheadAttention)
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+"""Where GPT-2's linear layer lives, whose weight is (in, out). By name, since Transformers need not be installed."""
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -67,14 +69,18 @@ def is_supported(module: nn.Module) -> bool:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether `module` is a transposed convolution, whose weight has its input channels first."""
-    return isinstance(module, _TRANSPOSED)
+    """Whether the weight of `module` has its input channels first: a transposed convolution, or GPT-2's Conv1D."""
+    return isinstance(module, _TRANSPOSED) or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return any((kind.__module__, kind.__qualname__) == _CONV1D for kind in type(module).__mro__)
 
 
 def _weight_names(module: nn.Module) -> tuple[str, ...]:
     if isinstance(module, nn.MultiheadAttention):
         return _ATTENTION_WEIGHTS
-    if isinstance(module, _LAYERS):
+    if isinstance(module, _LAYERS) or _is_conv1d(module):
         return ("weight",)
     return ()
 
@@ -87,10 +93,8 @@ def _why_not_foreign(module: nn.Module) -> str:
         return f"recurrent layer {kind}: not supported"
     if isinstance(module, parametrize.ParametrizationList):
         return "parametrized: the weight is computed from other parameters"
-    if isinstance(module, _LAYERS) and not isinstance(module, nn.MultiheadAttention):
+    if _weight_names(module) == ("weight",):
         return "weight_norm or spectral_norm: the weight is computed from other parameters"
-    if kind == "Conv1D":
-        return "Hugging Face's Conv1D stores its weight transposed: not supported"
     return f"not a weight of a supported layer (belongs to {kind})"
 
 
@@ -98,8 +102,8 @@ def reduction_dims(module: nn.Module, weight_dims: int, layout: Layout) -> tuple
     """The reduction dimensions of a weight with `weight_dims` dimensions of `module`, in grouping order.
 
     Linear and attention weights are (out, in): ``(1,)``. Convolutions are (out, in/groups, *kernel): ``(1,)`` in the
-    channel layout, all but the first in the kernel layout. Transposed convolutions are (in, out/groups, *kernel):
-    ``(0,)``, or dimension 0 and the kernel's.
+    channel layout, all but the first in the kernel layout. Transposed convolutions are (in, out/groups, *kernel), and
+    Hugging Face's Conv1D (in, out): ``(0,)``, or dimension 0 and the kernel's.
     """
     if not is_transposed(module):
         return dims_by_shape(weight_dims, layout)

@@ -246,7 +246,7 @@ def _sharded(layer: SparseLayer, name: str, w: DTensor, state: WeightState) -> D
     if 0 in state.dims:
         raise RuntimeError(
             f"{type(layer).__name__}.{name} groups its dimension 0, which FSDP2 shards: "
-            "exclude transposed convolutions from sparsify when using fully_shard"
+            "exclude transposed convolutions and Conv1D from sparsify when using fully_shard"
         )
     frame = None if torch.compiler.is_dynamo_compiling() else sys._getframe(2)
     while frame is not None and not (frame.f_code.co_name == "forward" and frame.f_locals.get("self") is layer):

@@ -265,7 +265,7 @@ def _local(t: Tensor, state: WeightState) -> Tensor:
     if any(not (p == Replicate() or p == Shard(0)) for p in t.placements) or 0 in state.dims:
         raise SparsityError(
             f"a sparse weight of shape {tuple(t.shape)} is sharded as {t.placements}, across its groups: "
-            "shard it along dimension 0 (fully_shard's default), and exclude transposed convolutions"
+            "shard it along dimension 0 (fully_shard's default), and exclude transposed convolutions and Conv1D"
         )
     return t.to_local()
 

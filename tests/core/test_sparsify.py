@@ -221,11 +221,6 @@ def test_dense_method_is_a_no_op_that_shares_every_path() -> None:
 
 
 def test_why_weights_stay_dense() -> None:
-    class Conv1D(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(8, 8))
-
     net = nn.ModuleDict(
         {
             "embedding": nn.Embedding(16, 8),
@@ -233,7 +228,6 @@ def test_why_weights_stay_dense() -> None:
             "lstm": nn.LSTM(8, 8),
             "weight_norm": parametrizations.weight_norm(nn.Linear(8, 8)),
             "lazy": nn.LazyLinear(8),
-            "hugging_face": Conv1D(),
             "plain": nn.Linear(8, 8),
         }
     )
@@ -244,7 +238,6 @@ def test_why_weights_stay_dense() -> None:
     assert found["lstm.weight_ih_l0"] == ("dense", "recurrent layer LSTM: not supported")
     assert found["weight_norm.parametrizations.weight.original1"][1].startswith("parametrized")
     assert found["lazy"][1].startswith("not initialised yet")
-    assert found["hugging_face"][1].startswith("Hugging Face's Conv1D")
     assert found["plain"] == ("2:4", "masked, not trained (requires_grad is False)")
 
 

@@ -113,7 +113,9 @@ def _of_model(model: nn.Module, expected: NMPattern | None, rules: Rules) -> Ite
         )
     if any(True for _ in record.records(model)):
         dense = all(r.method == "dense" for _, r in record.records(model))
-        yield from _by_table(model.state_dict(), record.table(model), expected, type(model).__name__, dense)
+        yield from _by_table(
+            model.state_dict(), {**record.lost(model), **record.table(model)}, expected, type(model).__name__, dense
+        )
         return
     if expected is None:
         raise SparsityError(f'{type(model).__name__} was never sparsified; give verify a pattern, e.g. "2:4"')

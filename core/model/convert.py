@@ -73,7 +73,8 @@ def sparsify(
     for module, weights in by_module.values():
         convert(module, weights)
     bank.attach(model)
-    record.attach(model, record.Record(chosen_method.name, chosen_method.hyperparameters(), rules.layout))
+    made = {name: state for name, _, state in sparse_weights(model)}
+    record.attach(model, record.Record(chosen_method.name, chosen_method.hyperparameters(), rules.layout, weights=made))
 
     report = SparsityReport(
         tuple(row for row, _ in plan), sum(p.numel() for p in _initialised(model)), chosen_method.name
@@ -102,14 +103,22 @@ def finalize(model: nn.Module) -> SparsityReport:
                 "sparsified model, and finalize that"
             )
         rows.append(WeightReport(name, "", tuple(param.shape), str(state.pattern)))
+    _check_classes(model)
     warn_if_weak(model)
+    if lost := record.lost(model):
+        warnings.warn(
+            f"sparsify made {', '.join(lost)} sparse, but its layer was replaced since or the weight taken out of it: "
+            "it is not N:M, and verify will say so (call unsparsify on a layer before you replace it by a dense one)",
+            UserWarning,
+            stacklevel=2,
+        )
     with torch.no_grad():
         for _, param, state in sparse_weights(model):
             param.copy_(state.value(param))
-    table = record.table(model)
+    table = {**lost, **record.table(model)}  # what was lost stays expected, so that verify finds it missing
     _revert_all(model)
     record.detach(model)
-    record.attach(model, replace(found, table=table))
+    record.attach(model, replace(found, table=table, weights={}))
     return SparsityReport(tuple(rows), sum(p.numel() for p in model.parameters()), found.method)
 
 
@@ -124,8 +133,19 @@ def unsparsify(model: nn.Module) -> None:
     model = unwrap(model)
     if not any(True for _ in record.records(model)):
         record.live(model, "unsparsify")
+    _check_classes(model)
     _revert_all(model)
     record.detach(model)
+
+
+def _check_classes(model: nn.Module) -> None:
+    """Raise a `SparsityError` if a sparse layer cannot get its dense class back."""
+    for name, layer in sparse_layers(model):
+        if SparseLayer not in type(layer).__bases__:
+            raise SparsityError(
+                f'the sparse layer "{name}" was made a {type(layer).__name__} since sparsify (parametrized or sharded '
+                "by itself, say): undo that first"
+            )
 
 
 def _revert_all(model: nn.Module) -> None:

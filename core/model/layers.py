@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from inspect import unwrap
 from typing import Any
 from weakref import ref
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 
 from nm_sparsity.core import masks
+from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import bank
-from nm_sparsity.core.model.write_through import hand_out, straight_through
+from nm_sparsity.core.model.write_through import WriteThrough, hand_out, straight_through
 
 _live: dict[int, ref[SparseLayer]] = {}
 _PLAIN = (nn.Parameter, Tensor)
@@ -32,6 +36,8 @@ _function_transforms = torch._C._are_functorch_transforms_active
 _tracer = torch._C._get_tracing_state
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
+_WRAPPERS = {id(unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
+"""What reads a weight to put something else in its place, and writes before it takes the Parameter out of the layer."""
 _blocks = threading.Lock()
 
 
@@ -72,6 +78,18 @@ class SparseLayer:
         with _raw(self):
             super().reset_parameters()  # type: ignore[misc]
 
+    def __delattr__(self, name: str) -> None:
+        # What `spectral_norm` and FSDP1 begin with.
+        if name in self._parameters and self.nm_weights:
+            raise _not_replaced(self, name)
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As `nn.Module.register_parameter`; a sparse weight makes way for nothing but another plain Parameter."""
+        if isinstance(param, WriteThrough) or (param is None and name in self.nm_weights):
+            raise _not_replaced(self, name)  # what `prune` begins with
+        super().register_parameter(name, param)  # type: ignore[misc]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         state: Any = self.__getstate__()
         transient = ("_nm_raw", "_nm_frozen", "_nm_blocks")
@@ -95,6 +113,8 @@ def convert(module: nn.Module, weights: dict[str, WeightState]) -> None:
 def revert(module: nn.Module) -> None:
     """Give a converted `module` its dense class back. In place; no tensor changes."""
     assert isinstance(module, SparseLayer)
+    for state in module.nm_weights.values():
+        state.ended = True
     _live.pop(id(module), None)
     bank.structure_changed()
     module.__class__ = dense_class(module)  # type: ignore[assignment]
@@ -104,7 +124,8 @@ def revert(module: nn.Module) -> None:
 
 def dense_class(module: SparseLayer) -> type[nn.Module]:
     """The class that a sparse layer had before."""
-    dense: type[nn.Module] = type(module).__mro__[2]
+    made = next(cls for cls in type(module).__mro__ if SparseLayer in cls.__bases__)
+    dense: type[nn.Module] = made.__bases__[1]
     return dense
 
 
@@ -194,12 +215,16 @@ def _property(name: str) -> property:
         layer.__dict__[name] = value
 
     def delete(layer: SparseLayer) -> None:
-        raise RuntimeError(
-            f"{type(layer).__name__}.{name} belongs to a sparse layer and cannot be replaced by a wrapper (FSDP1, "
-            "prune, parametrize): use fully_shard, or call finalize or unsparsify first"
-        )
+        raise _not_replaced(layer, name)
 
     return property(get, set_plain, delete)
+
+
+def _not_replaced(layer: SparseLayer, name: str) -> SparsityError:
+    return SparsityError(
+        f"{type(layer).__name__}.{name} belongs to a sparse layer and cannot be replaced by a wrapper (FSDP1, "
+        "prune, parametrize, weight_norm): use fully_shard, or call finalize or unsparsify first"
+    )
 
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
@@ -236,8 +261,11 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
     kept = bank.value_in_pass(layer, name, w, state, dtype)
     if kept is not None:
         return hand_out(kept[0], kept[1], watched=False)
-    if sys._getframe(2).f_code is _GET_PARAMETER:
+    reader = sys._getframe(2).f_code
+    if reader is _GET_PARAMETER:
         return w
+    if id(reader) in _WRAPPERS:
+        raise _not_replaced(layer, name)
     return hand_out(state.value(w, dtype), (w, state), watched=True)
 
 

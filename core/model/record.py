@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model.layers import sparse_layers, sparse_weights
 from nm_sparsity.core.pattern import Placement, Table
 
@@ -22,6 +23,8 @@ class Record:
     layout: str
     table: Table | None = None
     """The weights that `finalize` made N:M, named relative to the module; ``None`` before."""
+    weights: dict[str, WeightState] = field(default_factory=dict)
+    """Before `finalize`: what `sparsify` made sparse, by name, a tied weight by its first."""
 
 
 def attach(model: nn.Module, record: Record) -> None:
@@ -90,3 +93,23 @@ def table(model: nn.Module) -> Table:
         for name, placement in (record.table or {}).items():
             merged[f"{prefix}.{name}" if prefix else name] = placement
     return merged
+
+
+def lost(model: nn.Module) -> Table:
+    """What `sparsify` made sparse and `model` holds no more, by the names of then.
+
+    Its layer was replaced, or its weight taken out of it. What moved within the model, under an adapter say, is not
+    lost, nor what `finalize` or `unsparsify` gave back.
+    """
+    held = {
+        id(state)
+        for _, layer in sparse_layers(model)
+        for name, state in layer.nm_weights.items()
+        if layer._parameters.get(name) is not None
+    }
+    return {
+        f"{prefix}.{name}" if prefix else name: state.placement
+        for prefix, record in records(model)
+        for name, state in record.weights.items()
+        if not state.ended and id(state) not in held
+    }

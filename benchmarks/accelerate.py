@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from nm_sparsity.core import SparsityError, verify
 from nm_sparsity.core.deploy.convert import to_semi_structured
 from nm_sparsity.core.deploy.onnx import to_onnx
 from nm_sparsity.core.experiments import user_model
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
@@ -75,7 +73,7 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Take a checkpoint through all steps from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a finalized checkpoint of ours")
     parser.add_argument("--model", required=True, help="package.module:function, or the name of a benchmark model")
     parser.add_argument("--args", default="[]", help="the function's arguments as a JSON list")
@@ -84,14 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path(report.DEFAULT_FOLDER), help="folder for the files")
     parser.add_argument("--rounds", type=int, default=20, help="samples of each model (default 20)")
     args = parser.parse_args(argv)
-    try:
-        shape = [int(size) for size in args.input.split(",")]
-        x = torch.randn(shape) if args.vocabulary is None else torch.randint(args.vocabulary, shape)
-        arguments = json.loads(args.args)
-    except (ValueError, RuntimeError) as error:
-        raise SparsityError(
-            f"--input takes a shape such as 64,3,32,32, --args a JSON list, --vocabulary a number above 0: {error}"
-        ) from error
+    x = models.random_inputs(user_model.parse_shape(args.input), args.vocabulary)
+    arguments = user_model.parse_arguments(args.args)
     out = make_folder(args.out)
     named = ":" in args.model
     model = user_model.build(args.model, arguments) if named else models.workload(args.model).build()

@@ -32,6 +32,11 @@ class Device:
     bandwidth: float
     capability: tuple[int, int]
 
+    def __str__(self) -> str:
+        peak = f"{self.half_tflops:g} TFLOP/s dense at 16 bits"
+        peak += f" ({2 * self.half_tflops:g} at 2:4)" if self.sparse_tensor_cores else ""
+        return f"{self.name}: {peak}, {self.bandwidth:g} TB/s, as published"
+
     @property
     def sparse_tensor_cores(self) -> bool:
         """Whether the hardware has a 2:4 path: from Ampere on."""
@@ -59,15 +64,19 @@ class Device:
 
 FP8_CAPABILITY = (8, 9)
 
-# NVIDIA's data sheets, the figure "without sparsity"; SXM parts unless the name says otherwise.
+# As NVIDIA publishes them in data sheets and architecture papers, the figure "without sparsity" (with it, twice that);
+# SXM parts unless the name says otherwise. GeForce: with 32-bit accumulation, as torch multiplies; at 8 bits, int8.
 DEVICES = {
     device.name: device
     for device in (
         Device("v100", 125.0, None, 0.9, (7, 0)),
         Device("a10", 125.0, 250.0, 0.6, (8, 6)),
+        Device("rtx3090", 71.0, 284.0, 0.936, (8, 6)),
+        Device("a6000", 154.8, 309.7, 0.768, (8, 6)),
         Device("a30", 165.0, 330.0, 0.933, (8, 0)),
         Device("a100-40gb", 312.0, 624.0, 1.555, (8, 0)),
         Device("a100", 312.0, 624.0, 2.039, (8, 0)),
+        Device("rtx4090", 165.2, 660.6, 1.008, (8, 9)),
         Device("l4", 121.0, 242.5, 0.3, (8, 9)),
         Device("l40s", 362.0, 733.0, 0.864, (8, 9)),
         Device("h100-pcie", 756.0, 1513.0, 2.0, (9, 0)),
@@ -76,6 +85,7 @@ DEVICES = {
         Device("gh200", 989.4, 1978.9, 4.0, (9, 0)),
         Device("h200", 989.4, 1978.9, 4.8, (9, 0)),
         Device("b200", 2250.0, 4500.0, 8.0, (10, 0)),
+        Device("rtx5090", 209.5, 838.0, 1.792, (12, 0)),
     )
 }
 
@@ -85,6 +95,10 @@ _NAMES = (  # (in torch.cuda.get_device_name, our name); the first match counts
     (r"A100", "a100"),
     (r"A10\b", "a10"),
     (r"A30\b", "a30"),
+    (r"RTX 3090$", "rtx3090"),
+    (r"RTX 4090$", "rtx4090"),
+    (r"RTX 5090$", "rtx5090"),
+    (r"RTX A6000", "a6000"),
     (r"L40S", "l40s"),
     (r"L4\b", "l4"),
     (r"H100.*PCIe", "h100-pcie"),

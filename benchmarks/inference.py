@@ -8,7 +8,6 @@ how much of that gain was reached, and the relative error against the dense prod
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from nm_sparsity.core import SparsityError, finalize, keep_largest, sparsify
 from nm_sparsity.core.deploy.backends import BACKENDS, DEFAULT, Backend
 from nm_sparsity.core.deploy.clock import Clock, seconds
 from nm_sparsity.core.deploy.convert import to_semi_structured
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, make_parser
 
 TOKENS = (4096, 1024, 16384, 512, 128, 16, 1)
 """The most wanted first, in case time runs out."""
@@ -349,7 +348,7 @@ def model_call(model: Any, inputs: list[Tensor]) -> Callable[[int], Any]:
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure products and whole models from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     report.add_arguments(parser)
     parser.add_argument("--only", choices=["products", "models"], help="default: both")
     parser.add_argument(

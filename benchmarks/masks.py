@@ -8,8 +8,7 @@ larger part for big matrices.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from nm_sparsity.benchmarks import devices, models, report, timing
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import NMPattern, SparsityError
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.masks import reference
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.pattern import Placement
@@ -73,6 +72,7 @@ def measure(
     names: Sequence[str],
     rounds: int,
     bandwidth: float,
+    budget: timing.Budget,
 ) -> None:
     """Time every alternative over all `weights` in one call, interleaved with a copy of them; one row each."""
     device = weights[0].device
@@ -94,7 +94,7 @@ def measure(
     calls = {"copy": run(lambda w, n, m: w.clone()), **{name: run(ALTERNATIVES[name]) for name in names}}
     calls[OURS] = lambda i: batches[i % len(batches)].keep_largest()
     calls[DECAY] = lambda i: batches[i % len(batches)].add_dropped_(gradients, 2e-4)
-    timings = timing.compare(calls, device, rounds)
+    timings = timing.compare(calls, device, rounds, budget=budget)
     size = sum(w.numel() for w in weights)
     for name, t in timings.items():
         traffic = (3 if name == DECAY else 2) * bytes_once
@@ -166,50 +166,61 @@ def _differing_bits(a: Tensor, b: Tensor) -> int:
     return int(((a != b).any(1) & ~both_nan).sum())
 
 
-def run(result: Result, device: torch.device, quick: bool, rounds: int = 7) -> None:
-    """Check the kernels, then measure all weights, patterns and alternatives into `result`."""
-    rounds = 3 if quick else rounds
+def run(result: Result, device: torch.device, quick: bool, rounds: int = 7, minutes: float | None = None) -> None:
+    """Check the kernels, then measure all weights, patterns and alternatives into `result`.
+
+    Args:
+        minutes: after which no further set of weights is measured; those left are a row that says so.
+    """
+    rounds, budget = 3 if quick else rounds, timing.Budget(minutes)
     check(result, device)
     known = devices.present(device)
     bandwidth = known.bandwidth * 1e12 if known else timing.copy_bandwidth(device)
     source = "data sheet" if known else "a copy into memory that is there"
     result.add(weights="memory bandwidth", how=source, **{"GB/s": bandwidth / 1e9, "of bandwidth": 1.0})
-    sets = ["resnet50"] if quick else ["resnet50", "bert-large", "llama-7b-ffn"]
-    for name in sets:
-        shapes = models.layer_set(name)
-        for dtype in (torch.float32, torch.bfloat16):
-            weights = [_random(shape, device, dtype) for shape in shapes]
-            contenders = [*ALTERNATIVES] if dtype == torch.float32 else ["ours"]
-            for text in ("2:4", "4:8", "1:16", "4:32") if name == "resnet50" else ("2:4",):
-                measure(result, name, weights, NMPattern.parse(text), contenders, rounds, bandwidth)
-            del weights
-    channels_last = [
-        _random(shape, device, torch.float32).to(memory_format=torch.channels_last)
-        for shape in models.layer_set("resnet50")
-    ]
-    measure(result, "resnet50, channels last", channels_last, NMPattern(2, 4), ["ours"], rounds, bandwidth)
-    for millions in SIZES[:3] if quick else SIZES:
-        w = _random((millions * 250, 4000), device, torch.float32)
-        measure(result, "one matrix", [w], NMPattern(2, 4), ["ours"], rounds, bandwidth)
-        del w
+    cases = list(_cases(quick))
+    for done, (label, shapes, dtype, pattern, contenders, layout) in enumerate(cases):
+        if budget.spent:
+            result.add(weights=f"{len(cases) - done} more", not_run="out of time")
+            break
+        weights = [torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout) for shape in shapes]
+        measure(result, label, weights, pattern, contenders, rounds, bandwidth, budget)
+        del weights
     if device.type == "cpu":
         result.add(weights="resnet50", how="ours (Triton)", not_run="needs CUDA")
 
 
-def _random(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.randn(shape, device=device, dtype=dtype)
+Case = tuple[str, list[tuple[int, ...]], torch.dtype, NMPattern, list[str], torch.memory_format]
+
+
+def _cases(quick: bool) -> Iterator[Case]:
+    """(label, shapes, dtype, pattern, contenders, memory format) of all that is measured."""
+    resnet50, first = models.layer_set("resnet50"), "resnet50"
+    if quick:
+        resnet50, first = resnet50[:8], "the first 8 of resnet50"
+    others = [] if quick else ["bert-large", "llama-7b-ffn"]
+    for label, shapes in ((first, resnet50), *((name, models.layer_set(name)) for name in others)):
+        for dtype in (torch.float32, torch.bfloat16):
+            contenders = [*ALTERNATIVES] if dtype == torch.float32 else [OURS]
+            for text in ("2:4", "4:8", "1:16", "4:32") if label == first else ("2:4",):
+                yield label, shapes, dtype, NMPattern.parse(text), contenders, torch.preserve_format
+    fp32, ours = (torch.float32, NMPattern(2, 4)), [OURS]
+    yield f"{first}, channels last", resnet50, *fp32, ours, torch.channels_last
+    for millions in SIZES[:1] if quick else SIZES:
+        yield "one matrix", [(millions * 250, 4000)], *fp32, ours, torch.preserve_format
 
 
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure masks from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     report.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=7, help="samples of each alternative (default 7)")
+    parser.add_argument("--minutes", type=float, help="after which no further weights are measured")
     args = parser.parse_args(argv)
     device = report.set_up(args)
     with report.saved("masks", device, args.out) as result:
-        run(result, device, args.quick, args.rounds)
+        run(result, device, args.quick, args.rounds, args.minutes)
 
 
 if __name__ == "__main__":

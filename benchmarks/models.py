@@ -147,6 +147,27 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
         module.compile(**options)
 
 
+def random_inputs(
+    shape: tuple[int, ...],
+    vocabulary: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """A random input of `shape`: numbers of `dtype`, or token ids below `vocabulary`.
+
+    Raises:
+        SparsityError: for a vocabulary below 1, or a shape beyond the memory.
+    """
+    if vocabulary is not None and vocabulary < 1:
+        raise SparsityError("--vocabulary must be at least 1")
+    try:
+        if vocabulary is not None:
+            return torch.randint(vocabulary, shape, device=device)
+        return torch.randn(shape, device=device, dtype=dtype)
+    except RuntimeError as error:
+        raise SparsityError(f"cannot make an input of {'x'.join(map(str, shape))}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Workload:
     """A model, the shape of one example (an image, features, or text with `vocabulary`), and what stays dense in it."""
@@ -158,10 +179,7 @@ class Workload:
 
     def inputs(self, batch: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
         """A random batch; `dtype` is that of images, which are channels-last."""
-        shape = (batch, *self.example)
-        if self.vocabulary is not None:
-            return torch.randint(self.vocabulary, shape, device=device)
-        examples = torch.randn(shape, device=device, dtype=dtype)
+        examples = random_inputs((batch, *self.example), self.vocabulary, device, dtype)
         return examples.to(memory_format=torch.channels_last) if examples.dim() == 4 else examples
 
 

@@ -1,4 +1,5 @@
-"""Whether 2:4 will pay, before any training: `python -m nm_sparsity.benchmarks.plan resnet50 --device h100`.
+"""Whether 2:4 will pay, before any training: `python -m nm_sparsity.benchmarks.plan resnet50 --device h100`, or of a
+model of your own `... plan package.module:function --args '[10]' --input 32,3,224,224 --device rtx4090`.
 
 For every layer: can torch run it 2:4 and if not why, the most the hardware could gain by the roofline, and the verdict;
 then the most that the whole model can gain. Elementwise work and launches are left out, so reality is below. Where
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nm_sparsity.benchmarks import devices, models
 from nm_sparsity.benchmarks.devices import DTYPES, Device, Product
@@ -25,7 +26,8 @@ from nm_sparsity.benchmarks.report import COMMITTED, DEFAULT_FOLDER, Result
 from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
 from nm_sparsity.core.deploy.backends import BACKENDS
 from nm_sparsity.core.deploy.convert import PATTERN, why_not_layer
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments import user_model
+from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.model.flops import count_flops
 from nm_sparsity.core.table import format_table
 
@@ -102,7 +104,7 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    inputs: Any,
+    inputs: Tensor,
     device: Device,
     pattern: str = "2:4",
     dtype: str = "fp16",
@@ -111,11 +113,16 @@ def plan(
     """Plan for a model, which is run once (free on the meta device) and left as it was.
 
     Raises:
-        SparsityError: for an unknown dtype or a device without tensor cores for it.
+        SparsityError: for an unknown dtype, a device without tensor cores for it, or inputs that do not fit.
     """
     device.check(dtype)
     itemsize = DTYPES[dtype].itemsize
-    total, flops = count_flops(model, inputs)
+    try:
+        total, flops = count_flops(model, inputs)
+    except Exception as error:  # Whatever a user's own code raises.
+        shape = "x".join(map(str, inputs.shape))
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SparsityError(f"the model does not take an input of {shape} ({inputs.dtype}): {reason}") from error
     modules = dict(model.named_modules())
     report = sparsify(model, pattern, exclude=exclude)
     unsparsify(model)
@@ -207,20 +214,26 @@ def for_workload(name: str, batch: int, device: Device, pattern: str = "2:4", dt
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan for a model from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help=f"{', '.join(models.WORKLOADS)}, or a torchvision model")
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "model", help=f"{', '.join(models.WORKLOADS)}, a torchvision model, or your own as package.module:function"
+    )
+    parser.add_argument("--args", default="[]", help="that function's arguments as a JSON list")
+    parser.add_argument("--input", help="shape of an input with its batch, e.g. 32,3,224,224 (your own model needs it)")
+    parser.add_argument("--vocabulary", type=int, help="the input is token ids below this")
+    parser.add_argument("--exclude", nargs="+", action="extend", metavar="GLOB", help="layers that stay dense")
     parser.add_argument("--pattern", default="2:4", help="N:M (default 2:4)")
     parser.add_argument("--device", default="h100", help=f"{', '.join(devices.DEVICES)} (default h100)")
-    parser.add_argument("--batch", type=int, default=32, help="examples at a time (default 32)")
+    parser.add_argument("--batch", type=int, default=32, help="examples at a time, without --input (default 32)")
     parser.add_argument("--dtype", default="fp16", help=f"{', '.join(DTYPES)} (default fp16)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
-    if args.batch < 1:
-        raise SparsityError("--batch must be at least 1")
     device = devices.find(args.device)
-    result = for_workload(args.model, args.batch, device, args.pattern, args.dtype)
+    model, inputs, exclude = _named(args)
+    result = plan(model, inputs, device, args.pattern, args.dtype, exclude)
     if not args.json:
-        print(f"{args.model}, {args.pattern}, batch {args.batch}, {args.dtype}, on {device.name}")
+        shape = "x".join(map(str, inputs.shape))
+        print(f"{args.model}, {args.pattern}, input {shape}, {args.dtype}\n{device}")
         print(result.table(measured(device, args.dtype, (DEFAULT_FOLDER, COMMITTED))))
         return
     rows = [
@@ -229,6 +242,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     totals = {"ceiling": result.ceiling, "hardware_ceiling": result.hardware_ceiling}
     print(json.dumps({"model": args.model, "device": device.name, **totals, "layers": rows}, indent=2))
+
+
+def _named(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Sequence[str]]:
+    """The model that a command line names and an input of it, on the meta device; what stays dense in it."""
+    if args.batch < 1:
+        raise SparsityError("--batch must be at least 1")
+    exclude: Sequence[str] = ()
+    inputs = args.input and models.random_inputs(user_model.parse_shape(args.input), args.vocabulary, "meta")
+    with torch.device("meta"):
+        if ":" in args.model:
+            if inputs is None:
+                raise SparsityError(f"{args.model} needs the shape of an input, e.g. --input 32,3,224,224")
+            model = user_model.build(args.model, user_model.parse_arguments(args.args))
+        else:
+            setup = models.workload(args.model)
+            model, exclude = setup.build(), setup.exclude
+            inputs = setup.inputs(args.batch, "meta") if inputs is None else inputs
+    return model, inputs, args.exclude or exclude
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import environment
 from nm_sparsity.core.table import format_table
@@ -165,6 +166,8 @@ def set_up(args: argparse.Namespace) -> torch.device:
         raise SparsityError("--minutes must be above 0")
     device = choose_device(args.device)
     torch.set_num_threads(args.threads)
+    if device.type == "cpu":  # Compiling would remark that there is no driver.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return device
 
 
@@ -285,7 +288,7 @@ def _section(path: Path) -> str:
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Redraw benchmarks/README.md, and the pictures that a machine without matplotlib could not draw."""
-    parser = argparse.ArgumentParser(description="Redraw benchmarks/README.md from benchmarks/results/.")
+    parser = make_parser("Redraw benchmarks/README.md from benchmarks/results/.")
     parser.parse_args(argv)
     for path in COMMITTED.glob("*.json"):
         if not path.with_suffix(".png").exists():

@@ -8,7 +8,6 @@ and the reason, and the next one runs. Needs torch, torchvision, triton and nump
 
 from __future__ import annotations
 
-import argparse
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from nm_sparsity.benchmarks import inference, masks, report, training
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.benchmarks.timing import Budget
 from nm_sparsity.core import SparsityError
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.experiments.folders import make_folder
 
 Step = Callable[[Result], None]
@@ -52,7 +51,7 @@ def run(steps: Mapping[str, Step], device: torch.device, out: str | Path, budget
 @command_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every benchmark from the command line; exit status 1 if one failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     report.add_arguments(parser)
     parser.add_argument("--minutes", type=float, help="of measuring; what is left then becomes rows that say so")
     args = parser.parse_args(argv)
@@ -61,14 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine, quick, rounds = inference.Machine.of(device), args.quick, 3 if args.quick else 10
     dtypes = inference.default_dtypes(device)
 
+    def part(share: float) -> float | None:
+        """Minutes for one benchmark, so that enough is left for the others."""
+        return args.minutes and share * args.minutes
+
     def products(result: Result) -> None:
-        """A part of the time, so that enough is left for compiling whole models."""
-        part = Budget(args.minutes and 0.3 * args.minutes)
-        inference.run_products(result, machine, quick, dtypes, rounds, part)
+        inference.run_products(result, machine, quick, dtypes, rounds, Budget(part(0.3)))
 
     steps: dict[str, Step] = {
-        "masks": lambda result: masks.run(result, device, quick),
-        "training": lambda result: training.run(result, device, quick),
+        "masks": lambda result: masks.run(result, device, quick, minutes=part(0.2)),
+        "training": lambda result: training.run(result, device, quick, minutes=part(0.4)),
         "products": products,
         "models": lambda result: inference.run_models(result, machine, quick, rounds, budget),
     }

@@ -7,9 +7,12 @@ number, with which they choose among inputs that together exceed the cache.
 from __future__ import annotations
 
 import math
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -57,8 +60,12 @@ def compare(
     rounds: int = 20,
     least_seconds: float = 1e-3,
     clock: Clock = seconds,
+    budget: Budget | None = None,
 ) -> dict[str, Timing]:
-    """The timings of all alternatives: one sample of each in every round, of as many calls as take `least_seconds`."""
+    """The timings of all alternatives: one sample of each in every round, of as many calls as take `least_seconds`.
+
+    When `budget` is spent, no further round begins; the first one always does.
+    """
 
     def sample(call: Call, calls: int) -> float:
         return clock(call, device, calls) / (call.calls if isinstance(call, CudaGraph) else 1)
@@ -69,7 +76,9 @@ def compare(
         once = first if first > 1000 * least_seconds else sample(call, 1)
         calls[name] = min(1000, int(least_seconds / max(once, 1e-7)) + 1)
     samples: dict[str, list[float]] = {name: [] for name in alternatives}
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done and budget is not None and budget.spent:
+            break
         for name, call in alternatives.items():
             samples[name].append(sample(call, calls[name]))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
@@ -136,9 +145,23 @@ def peak_memory(call: Call, device: torch.device) -> float:
     profile: Any = torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     )
-    with profile:
+    with _quiet(), profile:
         call(0)
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     most: int = max(accumulate((size for _, size in changes), initial=0))
     return most / 2**20
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what native code prints to stderr: the profiler's log of itself and of a driver that is not there."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)

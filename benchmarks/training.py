@@ -7,7 +7,6 @@ kernels stand beside it: a step is slower than its kernels where the host is.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from nm_sparsity.benchmarks.masks import published_mask
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import sparsify
 from nm_sparsity.core.deploy.clock import host_seconds
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, make_parser
 
 OURS = ("select", "select_rows", "apply_masks")
 """The names of our kernels."""
@@ -151,8 +150,15 @@ def kernels(call: Callable[[int], object]) -> tuple[int, int]:
     return len(names), sum(name in OURS for name in names)
 
 
-def measure(result: Result, case: Case, device: torch.device, rounds: int, amp: bool = False) -> None:
-    """Add a row to `result` for each variant of a case."""
+def measure(
+    result: Result,
+    case: Case,
+    device: torch.device,
+    rounds: int,
+    amp: bool = False,
+    budget: timing.Budget | None = None,
+) -> None:
+    """Add a row to `result` for each variant of a case; when `budget` is spent, no further one is prepared or timed."""
     setup, inputs = models.workload(case.model), case.inputs(device)
     report.progress(case.model, tuple(inputs.shape), case.optimizer, case.launch)
     torch.manual_seed(0)
@@ -160,7 +166,7 @@ def measure(result: Result, case: Case, device: torch.device, rounds: int, amp: 
     calls: dict[str, Callable[[int], object]] = {}
     memory: dict[str, float] = {}
     for variant, convert in VARIANTS.items():
-        if case.launch != "eager" and convert is published:
+        if (case.launch != "eager" and convert is published) or (calls and budget is not None and budget.spent):
             continue
         model = copy.deepcopy(base).to(device)
         if inputs.dim() == 4:
@@ -170,8 +176,9 @@ def measure(result: Result, case: Case, device: torch.device, rounds: int, amp: 
         for i in range(3 if case.launch == "compiled + graphs" else 1):  # gradients and momentum, and what is recorded
             calls[variant](i)
         memory[variant] = timing.peak_memory(calls[variant], device)
-    timings = timing.compare(calls, device, rounds)
-    on_host = timing.compare(calls, device, rounds, clock=host_seconds) if device.type == "cuda" else timings
+    timings = on_host = timing.compare(calls, device, rounds, budget=budget)
+    if device.type == "cuda":
+        on_host = timing.compare(calls, device, rounds, clock=host_seconds, budget=budget)
     for variant, t in timings.items():
         ratio, *spread = t.over(timings["dense"])
         launches = kernels(calls[variant]) if device.type == "cuda" else (None, None)
@@ -185,7 +192,7 @@ def measure(result: Result, case: Case, device: torch.device, rounds: int, amp: 
             "step_ms": t.median * 1e3,
             "overhead": ratio - 1,
             "quartiles": [q - 1 for q in spread],
-            "rounds": rounds,
+            "rounds": len(t.samples),
             "peak MiB": memory[variant],
             "host_ms": on_host[variant].median * 1e3,
             "kernels": launches[0],
@@ -245,16 +252,17 @@ def run(
     gpu = device.type == "cuda"
     torch.backends.cudnn.benchmark = gpu
     budget = timing.Budget(minutes)
-    for case in GPU_CASES if gpu else CPU_CASES:
+    for case in GPU_CASES if gpu else CPU_CASES[:2] if quick else CPU_CASES:
         if only and case.model not in only:
             continue
         if quick:
             size = case.size if gpu or case.size is None else max(32, case.size // 4)
             case = replace(case, batch=max(2, case.batch // 8), size=size)
         if budget.spent:
-            result.add(model=case.model, optimizer=case.optimizer, launch=case.launch, not_run="time was over")
+            result.add(model=case.model, optimizer=case.optimizer, launch=case.launch, not_run="out of time")
             continue
-        measure(result, case, device, 2 if quick else 60 if case.model == "tiny-layers" else rounds, amp=gpu)
+        some = 2 if quick else 60 if case.model == "tiny-layers" else rounds
+        measure(result, case, device, some, gpu, budget)
         torch.compiler.reset()
         if gpu:
             torch.cuda.empty_cache()
@@ -267,7 +275,7 @@ def run(
 @command_line
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the cost of training from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     report.add_arguments(parser)
     parser.add_argument("--rounds", type=int, default=9, help="steps of each variant (default 9)")
     parser.add_argument("--only", action="append", default=[], metavar="MODEL", help="only this model; may be repeated")

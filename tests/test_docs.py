@@ -50,9 +50,6 @@ NOT_RUN = {
 }
 """Commands that need data, GPUs or minutes. Training commands among the others run with --print-config."""
 
-
-PAGES_NOT_RUN = {"benchmarks/README.md": "its example needs an NVIDIA GPU; tests/core run its functions without one"}
-
 RESOLVE = """
 import pkgutil, sys
 for name in sys.argv[1:]:
@@ -81,7 +78,7 @@ def commands() -> list[tuple[str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [p for p in PAGES if blocks(p, "python") and str(p.relative_to(ROOT)) not in PAGES_NOT_RUN],
+    [p for p in PAGES if blocks(p, "python")],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_python_blocks_run(page: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,16 @@ def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """An `argparse` parser whose help begins with `description` as it is written and names the command as one calls it.
+
+    From Python 3.14 on `argparse` finds that name by itself.
+    """
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
+    return argparse.ArgumentParser(program, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def say_renamed(old: str, new: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from inspect import signature
@@ -38,6 +39,36 @@ def build(name: str, arguments: Sequence[Any] = ()) -> nn.Module:
     takes = signature(get_model_builder(name)).parameters
     model: nn.Module = get_model(name, *arguments, **dict.fromkeys({"weights", "weights_backbone"} & set(takes)))
     return model
+
+
+def parse_arguments(text: str) -> list[Any]:
+    """The value of ``--args``: a function's arguments as a JSON list.
+
+    Raises:
+        SparsityError: if it is none.
+    """
+    try:
+        arguments = json.loads(text)
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, list):
+        raise SparsityError(f"--args takes a JSON list such as '[10, \"small\"]'; found {text!r}")
+    return arguments
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """The value of ``--input``: the shape of an input, batch first.
+
+    Raises:
+        SparsityError: if it is none.
+    """
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise SparsityError(f'--input takes a shape such as 64,3,32,32; found "{text}"')
+    return shape
 
 
 def _call(name: str, module: str, function: str, arguments: Sequence[Any]) -> nn.Module:

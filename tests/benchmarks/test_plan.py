@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,9 +126,51 @@ def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nn.MultiheadAttention uses it outside of a layer" in capsys.readouterr().out
 
 
+OWN = """
+from torch import nn
+
+def build(width):
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 64), nn.Linear(64, 64))
+
+def text():
+    return nn.Sequential(nn.Embedding(100, 64), nn.Linear(64, 128))
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of a user's in the current folder."""
+    (tmp_path / "my_plans.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_plans", raising=False)
+
+
+def test_a_model_of_ones_own(own: None, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--device", "rtx4090", "--json"]
+    assert plan.main(["my_plans:build", "--args", "[256]", "--input", "512,64", "--exclude", "0", "3", *common]) == 0
+    layers = {layer["layer"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
+    assert [layers["2.weight"][key] for key in ("tokens", "rows", "columns")] == [512, 64, 256]
+    assert layers["0.weight"]["verdict"] == 'no: excluded by "0"'
+    assert layers["3.weight"]["verdict"] == 'no: excluded by "3"'
+    assert plan.main(["my_plans:text", "--input", "4,20", "--vocabulary", "100", "--device", "rtx4090"]) == 0
+    text = capsys.readouterr().out
+    assert "rtx4090: 165.2 TFLOP/s dense at 16 bits (330.4 at 2:4), 1.008 TB/s, as published" in text
+    assert re.search(r"^1 +1 +80 +128x64 ", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["my_plans:build", "--args", "[256]"], "my_plans:build needs the shape of an input"),
+        (["my_plans:build", "--args", "[256", "--input", "8,64"], "--args takes a JSON list"),
+        (["my_plans:build", "--args", "256", "--input", "8,64"], "--args takes a JSON list"),
+        (["my_plans:build", "--args", "[256]", "--input", "8;64"], "--input takes a shape such as 64,3,32,32;"),
+        (["my_plans:build", "--args", "[256]", "--input", "8,-64"], "--input takes a shape"),
+        (["my_plans:build", "--args", "[256]", "--input", "8,65"], "does not take an input of 8x65 (torch.float32)"),
+        (["my_plans:build", "--input", "8,64"], 'cannot build "my_plans:build"'),
+        (["my_plans:build", "--args", "[256]", "--input", "8,64", "--exclude", "nothing"], "nothing"),
+        (["my_plans:text", "--input", "8,64", "--vocabulary", "0"], "--vocabulary must be at least 1"),
+        (["resnet50", "--input", "1,3"], "the model does not take an input of 1x3"),
         (["alexnot"], 'unknown model "alexnot"'),
         (["resnet50", "--device", "tpu"], 'unknown device "tpu"; known: v100'),
         (["resnet50", "--dtype", "fp64"], 'unknown dtype "fp64"; known: fp16'),
@@ -137,7 +180,9 @@ def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
         (["resnet50", "--batch", "0"], "--batch must be at least 1"),
     ],
 )
-def test_bad_arguments_give_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_give_one_line(
+    own: None, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan.main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

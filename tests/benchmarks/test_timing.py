@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -40,6 +42,15 @@ def test_alternatives_take_turns_and_short_ones_repeat() -> None:
     assert timings["slow"].median == pytest.approx(0.5)
     assert timings["fast"].median == pytest.approx(4e-4)
     assert clock.order[4:] == (["slow"] + ["fast"] * 3) * 3  # after two warm-up calls each
+
+
+def test_a_spent_budget_ends_the_rounds_after_the_first() -> None:
+    clock = FakeClock()
+    budget = Budget(1.0, now=lambda: clock.now)  # 60 s; two warm-up calls and a round of two take 100 s
+    calls = {"a": clock.task("a", 20.0), "b": clock.task("b", 30.0)}
+    timings = timing.compare(calls, CPU, rounds=9, clock=clock, budget=budget)
+    assert [len(t.samples) for t in timings.values()] == [1, 1]
+    assert [len(t.samples) for t in timing.compare(calls, CPU, 3, clock=clock, budget=Budget()).values()] == [3, 3]
 
 
 def test_a_graph_counts_for_the_calls_in_it() -> None:
@@ -113,7 +124,7 @@ def test_bandwidth_counts_what_is_read_and_written() -> None:
     assert bandwidth == 2 * 2**28 / 0.25  # 256 MiB read and as many written
 
 
-def test_peak_memory_counts_what_is_alive_at_once() -> None:
+def test_peak_memory_counts_what_is_alive_at_once_and_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     def call(_: int) -> None:
         a = torch.ones(1 << 20)
         b = a + 1
@@ -121,3 +132,6 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
         b.mul(2).add_(1)
 
     assert timing.peak_memory(call, CPU) == pytest.approx(8, rel=0.01)  # two of 4 MiB at a time
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"heard again")
+    assert capfd.readouterr().err == "heard again"

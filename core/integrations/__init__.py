@@ -1,0 +1,1 @@
+"""Plug-ins for training engines, one file each, imported only by who uses the engine."""

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a finalized checkpoint of ours")
     parser.add_argument("--model", required=True, help="package.module:function, or the name of a benchmark model")
-    parser.add_argument("--args", default="[]", help="the function's arguments as a JSON list")
+    parser.add_argument("--args", default="[]", help="the function's arguments as a JSON list or object")
     parser.add_argument("--input", required=True, help="shape of an input, e.g. 64,3,32,32")
     parser.add_argument("--vocabulary", type=int, help="the input is token ids below this")
     parser.add_argument("--out", type=Path, default=Path(report.DEFAULT_FOLDER), help="folder for the files")

@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "model", help=f"{', '.join(models.WORKLOADS)}, a torchvision model, or your own as package.module:function"
     )
-    parser.add_argument("--args", default="[]", help="that function's arguments as a JSON list")
+    parser.add_argument("--args", default="[]", help="that function's arguments as a JSON list or object")
     parser.add_argument("--input", help="shape of an input with its batch, e.g. 32,3,224,224 (your own model needs it)")
     parser.add_argument("--vocabulary", type=int, help="the input is token ids below this")
     parser.add_argument("--exclude", nargs="+", action="extend", metavar="GLOB", help="layers that stay dense")

@@ -12,6 +12,7 @@ import tyro
 
 from nm_sparsity.core import SparsityConfig, SparsityError
 from nm_sparsity.core.experiments.recipes import Recipes, RunConfig
+from nm_sparsity.core.experiments.user_model import parse_arguments
 
 
 def _require(ok: bool, name: str, expected: str, found: object) -> None:
@@ -46,7 +47,7 @@ class OptimizerConfig:
     lr: float = 0.1
     """Peak learning rate."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up."""
+    """Epochs of linear warm-up; of a run that is shorter than that, a tenth."""
     momentum: float = 0.9
     """SGD's momentum."""
     nesterov: bool = False
@@ -74,11 +75,18 @@ class OptimizerConfig:
 class ClassifierConfig(RunConfig):
     """One training run of an image classifier."""
 
-    may_change = (*RunConfig.may_change, "device", "log_every", "checkpoint_every")
+    # A longer run takes over where a shorter one ended; folders of images move, and machines have other cores.
+    may_change = (
+        *(*RunConfig.may_change, "epochs", "device", "log_every", "checkpoint_every"),
+        *("data.root", "data.workers"),
+    )
     renamed: ClassVar[Mapping[str, str]] = {**RunConfig.renamed, "--folder": "--out", "--data.root": "--data"}
 
     model: str = "resnet8_small"
-    """Any classifier of torchvision.models, or resnet8_small, resnet20_small, resnet18_small for small images."""
+    """Any classifier of torchvision.models; resnet8_small, resnet20_small or resnet18_small for small images; or your
+    own as package.module:function."""
+    args: str = "[]"
+    """What your own function is called with, as JSON: a list, or an object of named arguments."""
     pretrained: str | None = None
     """Start from trained weights: a torchvision name (DEFAULT, IMAGENET1K_V1, ...) or a state_dict file."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -104,6 +112,12 @@ class ClassifierConfig(RunConfig):
     checkpoint_every: int = 0
     """Steps between checkpoints inside an epoch; 0 saves at the end of each epoch only."""
 
+    @property
+    def warmup_epochs(self) -> float:
+        """How long the learning rate warms up: as asked for, or a tenth of a run that is shorter than that."""
+        asked = self.optimizer.warmup_epochs
+        return asked if asked <= self.epochs else self.epochs / 10
+
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulation", "log_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -111,12 +125,8 @@ class ClassifierConfig(RunConfig):
         _require(0 <= self.label_smoothing < 1, "label_smoothing", "at least 0 and below 1", self.label_smoothing)
         _require(self.ema is None or 0 < self.ema < 1, "ema", "above 0 and below 1", self.ema)
         _require(0 <= self.seed < 2**32, "seed", "at least 0 and below 2**32", self.seed)
-        _require(
-            self.optimizer.warmup_epochs <= self.epochs,
-            "optimizer.warmup_epochs",
-            f"at most epochs = {self.epochs}",
-            self.optimizer.warmup_epochs,
-        )
+        arguments = parse_arguments(self.args)
+        _require(":" in self.model or not arguments, "args", "left out for a model of torchvision", self.args)
         _require(not (self.pretrained and self.init_from), "pretrained and init_from", "given one at a time", "both")
 
 

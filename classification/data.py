@@ -6,6 +6,7 @@ interrupted: the order of an epoch and the augmentation of each part of a batch 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,13 @@ class Splits:
     train: Images
     val: Images
     test: Images
-    classes: int
+    names: tuple[str, ...]
+    """Of the classes, in the order of the labels."""
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are."""
+        return len(self.names)
 
 
 def load_splits(config: DataConfig) -> Splits:
@@ -135,7 +142,7 @@ def _load(images: Images, parts: Sequence[Part], config: ClassifierConfig) -> It
         sampler=parts,
         batch_size=None,
         generator=torch.Generator(),  # its own, so that making a loader leaves the global one alone
-        num_workers=min(config.data.workers, len(parts)),
+        num_workers=min(config.data.workers, len(parts), len(os.sched_getaffinity(0))),
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
     )
     for batch in loader:
@@ -148,11 +155,32 @@ def _seed(*position: int) -> int:
     return int(np.random.SeedSequence(position).generate_state(1)[0])
 
 
-class SmallImages(Images):
-    """Greyscale images in memory, (n, height, width) uint8; augmented by shifts of up to `shift` pixels and flips."""
+@dataclass(frozen=True)
+class Small:
+    """A kind of small greyscale images: their side, how they are augmented, and how their pixels are distributed."""
 
-    def __init__(self, images: Tensor, labels: Tensor, shift: int, flip: bool, mean: float, std: float) -> None:
-        self.images, self.labels, self.shift, self.flip, self.mean, self.std = images, labels, shift, flip, mean, std
+    size: int
+    shift: int
+    """Up to how many pixels an image is moved."""
+    flip: bool
+    mean: float
+    """Of pixels in [0, 1]."""
+    std: float
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(n, height, width) uint8 as a model takes it: (n, 3, height, width) float32."""
+        normal = (images.float() / 255 - self.mean) / self.std
+        return normal.unsqueeze(1).repeat(1, 3, 1, 1)
+
+
+SMALL = {"digits": Small(8, 1, False, 0.305, 0.376), "fashion-mnist": Small(28, 2, True, 0.286, 0.353)}
+
+
+class SmallImages(Images):
+    """Greyscale images in memory, (n, height, width) uint8; augmented by shifts, and flips if their kind has them."""
+
+    def __init__(self, images: Tensor, labels: Tensor, kind: Small) -> None:
+        self.images, self.labels, self.kind = images, labels, kind
 
     def __len__(self) -> int:
         return len(self.images)
@@ -162,16 +190,16 @@ class SmallImages(Images):
         images = self.images[at]
         if augment:
             images = self._augment(images)
-        normal = (images.float() / 255 - self.mean) / self.std
-        return normal.unsqueeze(1).repeat(1, 3, 1, 1), self.labels[at]
+        return self.kind.normalize(images), self.labels[at]
 
     def _augment(self, images: Tensor) -> Tensor:
         n, height, width = images.shape
-        top, left = torch.randint(2 * self.shift + 1, (2, n, 1))
+        shift = self.kind.shift
+        top, left = torch.randint(2 * shift + 1, (2, n, 1))
         rows, columns = top + torch.arange(height), left + torch.arange(width)
-        padded = F.pad(images, [self.shift] * 4)
+        padded = F.pad(images, [shift] * 4)
         shifted = padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        if self.flip:
+        if self.kind.flip:
             shifted = torch.where(torch.rand(n, 1, 1) < 0.5, shifted.flip(2), shifted)
         return shifted
 
@@ -188,9 +216,9 @@ def _digits(config: DataConfig) -> Splits:
     train, val = rest[train_of_rest], rest[val_of_rest]
 
     def part(at: np.ndarray[Any, Any]) -> SmallImages:
-        return SmallImages(images[at], labels[at], shift=1, flip=False, mean=0.305, std=0.376)
+        return SmallImages(images[at], labels[at], SMALL["digits"])
 
-    return Splits(part(train), part(val), part(test), classes=10)
+    return Splits(part(train), part(val), part(test), tuple("0123456789"))
 
 
 def _fashion_mnist(config: DataConfig) -> Splits:
@@ -200,9 +228,9 @@ def _fashion_mnist(config: DataConfig) -> Splits:
 
     def part(of: fashion_mnist.Pictures, at: Any = slice(None)) -> SmallImages:
         images, labels = torch.from_numpy(of.images[at]), torch.from_numpy(of.labels[at])
-        return SmallImages(images, labels, shift=2, flip=True, mean=0.286, std=0.353)
+        return SmallImages(images, labels, SMALL["fashion-mnist"])
 
-    return Splits(part(pictures, train), part(pictures, val), part(held_out), classes=len(fashion_mnist.CLASSES))
+    return Splits(part(pictures, train), part(pictures, val), part(held_out), tuple(fashion_mnist.CLASSES))
 
 
 def stratified(labels: np.ndarray[Any, Any], share: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -222,7 +250,7 @@ class ImageFolder(Images):
         self.train, self.plain = train, plain
         self.files: list[tuple[Path, int]] = []
         for label, name in enumerate(classes):
-            files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+            files = image_files(root / name)
             if not files:
                 raise SparsityError(
                     f"{root / name} holds no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it"
@@ -234,13 +262,22 @@ class ImageFolder(Images):
 
     def take(self, indices: list[int], augment: bool) -> tuple[Tensor, Tensor]:
         transform = self.train if augment else self.plain
-        images = [transform(_read_image(self.files[i][0])) for i in indices]
+        images = [transform(read_image(self.files[i][0])) for i in indices]
         return torch.stack(images), torch.tensor([self.files[i][1] for i in indices])
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The images in `folder` and the folders in it, by name."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+
+
 def _image_folder(config: DataConfig) -> Splits:
-    """ImageNet's layout and the paper's recipe. Its val part is what papers report on; there is no third one."""
-    folders = {part: config.root / part for part in ("train", "val")}
+    """ImageNet's layout and the paper's recipe. Its val part is what papers report on; others may have a test part."""
+    third = config.root / "test"  # ImageNet's own has no labels, and so no folders
+    parts = (
+        ("train", "val", "test") if third.is_dir() and any(p.is_dir() for p in third.iterdir()) else ("train", "val")
+    )
+    folders = {part: config.root / part for part in parts}
     for folder in folders.values():
         if not folder.is_dir():
             raise SparsityError(
@@ -253,25 +290,48 @@ def _image_folder(config: DataConfig) -> Splits:
     classes = {part: sorted(p.name for p in folder.iterdir() if p.is_dir()) for part, folder in folders.items()}
     if not classes["train"]:
         raise SparsityError(f"{folders['train']} holds no class folders; imagefolder wants ROOT/train/CLASS/*.jpg")
-    if classes["train"] != classes["val"]:
-        only = {
-            "train": sorted(set(classes["train"]) - set(classes["val"])),
-            "val": sorted(set(classes["val"]) - set(classes["train"])),
-        }
-        found = "; ".join(f"only in {part}: {', '.join(names[:5])}" for part, names in only.items() if names)
-        raise SparsityError(
-            f"the classes of {folders['train']} and {folders['val']} differ ({found}); give both the same"
-        )
-    size = config.image_size
-    end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    normalize = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-    train = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *end, pca_jitter, normalize])
-    plain = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *end, normalize])
+    for part in parts[1:]:
+        if classes["train"] != classes[part]:
+            only = {
+                "train": sorted(set(classes["train"]) - set(classes[part])),
+                part: sorted(set(classes[part]) - set(classes["train"])),
+            }
+            found = "; ".join(f"only in {part}: {', '.join(names[:5])}" for part, names in only.items() if names)
+            raise SparsityError(
+                f"the classes of {folders['train']} and {folders[part]} differ ({found}); give both the same"
+            )
+    train = v2.Compose(
+        [v2.RandomResizedCrop(config.image_size), v2.RandomHorizontalFlip(), *_TO_TENSOR, pca_jitter, _NORMALIZE]
+    )
+    plain = plain_transform(config)
     sets = {part: ImageFolder(folder, classes[part], train, plain) for part, folder in folders.items()}
-    return Splits(sets["train"], sets["val"], sets["val"], len(classes["train"]))
+    return Splits(sets["train"], sets["val"], sets.get("test", sets["val"]), tuple(classes["train"]))
 
 
-def _read_image(path: Path) -> Image.Image:
+_TO_TENSOR = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
+_NORMALIZE = v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+
+
+def plain_transform(config: DataConfig) -> Callable[[Image.Image], Tensor]:
+    """How a picture becomes what a model of this data takes when it is evaluated: (3, height, width) float32."""
+    if config.name in SMALL:
+        kind = SMALL[config.name]
+
+        def transform(picture: Image.Image) -> Tensor:
+            pixels = np.array(picture.convert("L").resize((kind.size, kind.size), Image.Resampling.BOX))
+            return kind.normalize(torch.from_numpy(pixels)[None])[0]
+
+        return transform
+    size = config.image_size
+    return v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), *_TO_TENSOR, _NORMALIZE])
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in a file, in colour.
+
+    Raises:
+        SparsityError: if it cannot be read.
+    """
     try:
         with Image.open(path) as image:
             return image.convert("RGB")

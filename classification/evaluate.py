@@ -1,10 +1,10 @@
-"""Top-1 and top-5 accuracy of a model or a checkpoint: ``python -m nm_sparsity.classification.evaluate PATH``."""
+"""Accuracy of a model or a checkpoint, by class too: ``python -m nm_sparsity.classification.evaluate PATH``."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,19 +15,15 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nm_sparsity.classification import configs, distributed
-from nm_sparsity.classification.configs import ClassifierConfig
+from nm_sparsity.classification import distributed
+from nm_sparsity.classification.checkpoints import Trained
 from nm_sparsity.classification.data import eval_batches, load_splits
-from nm_sparsity.classification.models import build
-from nm_sparsity.core import CheckpointError, SparsityError, frozen, verify
+from nm_sparsity.core import frozen
 from nm_sparsity.core.experiments.command_line import command_line, present_names
-from nm_sparsity.core.experiments.run import FINALIZED
-from nm_sparsity.core.files.checkpoint import restore
-from nm_sparsity.core.files.io import load
-from nm_sparsity.core.files.metadata import METADATA, find_parts
+from nm_sparsity.core.table import format_table
 
-LATEST, BEST = "latest.pt", "best.pt"
-"""Beside `FINALIZED` in a run folder: the checkpoint to resume from, and the best on the validation images."""
+MOST_CLASSES = 20
+"""How many classes are shown one by one; of more, the worst ones."""
 
 
 @dataclass(frozen=True)
@@ -40,44 +36,68 @@ class Accuracy:
     images: int
 
 
-def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device, amp: str = "none"
-) -> Accuracy:
-    """The accuracy of `model` on this and all other processes' `batches`; the model keeps its training mode."""
+class Tally:
+    """What is counted while a model is evaluated, over all processes."""
+
+    def __init__(self, classes: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self._confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        self._classes = classes
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (n, classes) and labels (n,)."""
+        ranked = logits.topk(min(5, logits.shape[1])).indices
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        self._sums += torch.stack([loss, (ranked == labels[:, None]).sum()])
+        places = labels * self._classes + ranked[:, 0]
+        self._confusion.scatter_add_(0, places, torch.ones_like(places))
+
+    def gather(self) -> tuple[Accuracy, Tensor]:
+        """The accuracy, and the confusion matrix: (classes, classes), how many images of class i were taken for j."""
+        loss, top5 = distributed.total(self._sums.clone()).tolist()
+        confusion = distributed.total(self._confusion.clone()).view(self._classes, -1).cpu()
+        images = int(confusion.sum())
+        top1 = 100 * int(confusion.trace()) / images
+        return Accuracy(loss / images, top1, 100 * top5 / images, images), confusion
+
+
+def logits_of(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Any]], device: torch.device, amp: str = "none"
+) -> Iterator[tuple[Tensor, Any]]:
+    """What `model` answers to each batch of images, in float32, with whatever comes with the batch.
+
+    The model keeps its training mode.
+    """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
-    with torch.no_grad(), frozen(model):
-        for images, labels in batches:
-            labels = labels.to(device, non_blocking=True)
-            with autocast(device, amp):
-                logits = model(images.to(device, non_blocking=True)).float()
-            hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=device)])
-    model.train(was_training)
-    loss, top1, top5, images = distributed.total(sums).tolist()
-    return Accuracy(loss / images, 100 * top1 / images, 100 * top5 / images, int(images))
+    try:
+        with torch.no_grad(), frozen(model):
+            for images, more in batches:
+                with autocast(device, amp):
+                    logits = model(images.to(device, non_blocking=True))
+                yield logits.float(), more
+    finally:
+        model.train(was_training)
+
+
+def count(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    classes: int,
+    amp: str = "none",
+) -> tuple[Accuracy, Tensor]:
+    """Accuracy and confusion matrix, see `Tally`, of `model` on this and all other processes' `batches`."""
+    tally = Tally(classes, device)
+    for logits, labels in logits_of(model, batches, device, amp):
+        tally.add(logits, labels.to(device, non_blocking=True))
+    return tally.gather()
 
 
 def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
     """The mixed-precision block that `ClassifierConfig.amp` names."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """`path` itself, or in a run folder its end product, or its latest checkpoint if it is still training.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    if not path.is_dir():
-        return path
-    for name in (FINALIZED, LATEST):
-        if (path / name).is_file():
-            return path / name
-    raise CheckpointError(f"{path} holds neither {FINALIZED} nor {LATEST}; is it a run folder?")
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,10 @@ class Arguments:
     path: tyro.conf.Positional[Path]
     """A run folder, one of our checkpoints, or any state_dict file (with --config)."""
     config: str | None = None
-    """The recipe a foreign state_dict belongs to: its model, data, pattern. Its weights are masked to that pattern."""
+    """What a foreign state_dict belongs to: a recipe, a run folder or a config file that says the model, the data, the
+    pattern. Its weights are masked to that pattern."""
+    model: str | None = None
+    """package.module:function, for a model of your own: the code that may run."""
     data: Path | None = None
     """Where the images lie, if not where the config says."""
     split: Literal["test", "val"] = "test"
@@ -96,54 +119,91 @@ class Arguments:
     """Images in an evaluation step, if not the config's."""
     device: str = "auto"
     """cpu, cuda, or auto."""
+    json: bool = False
+    """Print JSON, with every class and the whole confusion matrix."""
 
 
-def evaluate_checkpoint(arguments: Arguments, device: torch.device) -> Accuracy:
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found out about a checkpoint."""
+
+    accuracy: Accuracy
+    names: Sequence[str]
+    """Of the classes."""
+    confusion: Tensor
+    """(classes, classes): how many images of class i were taken for j."""
+
+    def classes(self) -> list[tuple[str, int, float | None, str | None]]:
+        """Of each class its name, its images, its top-1 in percent, and what it was most often mistaken for."""
+        rows: list[tuple[str, int, float | None, str | None]] = []
+        for label, name in enumerate(self.names):
+            row = self.confusion[label].clone()
+            images, hits = int(row.sum()), int(row[label])
+            row[label] = 0
+            wrong = f"{self.names[int(row.argmax())]} ({int(row.max())})" if row.any() else None
+            rows.append((name, images, 100 * hits / images if images else None, wrong))
+        return rows
+
+    def __str__(self) -> str:
+        found, rows = self.accuracy, self.classes()
+        lines = [
+            f"top-1 {found.top1:.2f}%, top-5 {found.top5:.2f}%, loss {found.loss:.4f} on {found.images} images",
+            "",
+        ]
+        matrix = None
+        if len(rows) > MOST_CLASSES:
+            rows = sorted((row for row in rows if row[2] is not None), key=lambda row: row[2] or 0.0)[:MOST_CLASSES]
+            lines[1:] = [
+                f"The {MOST_CLASSES} of {len(self.names)} classes with the lowest accuracy (--json has all):",
+                "",
+            ]
+        else:
+            counts = self.confusion.tolist()
+            matrix = format_table(
+                ["is \\ taken for", *self.names], zip(self.names, *zip(*counts, strict=True), strict=True)
+            )
+        cells = [(*row[:2], None if row[2] is None else f"{row[2]:.2f}", row[3]) for row in rows]
+        lines.append(format_table(("class", "images", "top-1 %", "most often mistaken for"), cells))
+        return "\n".join(lines + (["", matrix] if matrix else []))
+
+
+def evaluate_checkpoint(arguments: Arguments, device: torch.device) -> Evaluation:
     """The accuracy of the checkpoint that `arguments` name.
 
     Raises:
-        SparsityError: if it cannot be read, says nothing of its model while no config is given, or breaks its pattern.
+        SparsityError: if it cannot be read, says nothing of its model while no config is given, breaks its pattern, or
+            was trained on other classes than the data has.
     """
-    path = find_checkpoint(arguments.path)
-    payload = load(path)
-    state, metadata = find_parts(payload, path)
-    config = _config(arguments, payload, path)
-    splits = load_splits(config.data)
-    model = build(config.model, splits.classes)
-    if metadata is None:
-        config.sparsity.sparsify(model)
-    else:
-        verify(payload)
-    restore(model, state)
-    model.to(device)
-    images = splits.test if arguments.split == "test" else splits.val
-    return evaluate(model, eval_batches(images, config), device, config.amp)
-
-
-def _config(arguments: Arguments, payload: Any, path: Path) -> ClassifierConfig:
-    if arguments.config is not None:
-        config = configs.get(arguments.config)
-    elif isinstance(payload.get("config"), dict) and METADATA in payload:
-        config = ClassifierConfig.from_dict(payload["config"])
-    else:
-        raise SparsityError(
-            f"{path} does not say what it is a checkpoint of; name its recipe, e.g. --config resnet50_2to4"
-        )
+    trained = Trained.open(arguments.path, arguments.config, arguments.model)
+    config = trained.config
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, root=arguments.data))
     batch_size = config.batch_size if arguments.batch_size is None else arguments.batch_size
-    return replace(config, device=arguments.device, batch_size=batch_size, accumulation=1)
+    config = replace(config, device=arguments.device, batch_size=batch_size, accumulation=1)
+    splits = load_splits(config.data)
+    trained.check_names(splits.names)
+    model = trained.model(splits.classes).to(device)
+    images = splits.test if arguments.split == "test" else splits.val
+    found, confusion = count(model, eval_batches(images, config), device, splits.classes, config.amp)
+    return Evaluation(found, splits.names, confusion)
 
 
 @command_line
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the checkpoint that `arguments`, by default the command line's, name; print the accuracy as JSON."""
+    """Measure the checkpoint that `arguments`, by default the command line's, name; print what was found."""
     given = present_names(sys.argv[1:] if arguments is None else arguments, {"--data.root": "--data"})
     parsed = tyro.cli(Arguments, args=given, prog="python -m nm_sparsity.classification.evaluate")
     with distributed.processes(parsed.device) as device:
-        accuracy = evaluate_checkpoint(parsed, device)
-        if distributed.rank() == 0:
-            print(json.dumps({"checkpoint": str(parsed.path), "split": parsed.split, **asdict(accuracy)}))
+        found = evaluate_checkpoint(parsed, device)
+        if distributed.rank() > 0:
+            return
+        if not parsed.json:
+            print(found)
+            return
+        keys = ("images", "top1", "mistaken_for")
+        classes = {name: dict(zip(keys, row, strict=True)) for name, *row in found.classes()}
+        what = {"checkpoint": str(parsed.path), "split": parsed.split, **asdict(found.accuracy)}
+        print(json.dumps({**what, "classes": classes, "confusion": found.confusion.tolist()}))
 
 
 if __name__ == "__main__":

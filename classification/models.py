@@ -1,4 +1,4 @@
-"""The dense models: torchvision's classifiers by name, and its ResNets for small images."""
+"""The dense models: torchvision's classifiers by name, its ResNets for small images, and anybody's own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torchvision.models import get_model, get_model_weights, list_models
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 
 from nm_sparsity.core import SparsityError
+from nm_sparsity.core.experiments import user_model
+from nm_sparsity.core.experiments.user_model import Arguments
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
 
@@ -23,17 +25,26 @@ SMALL: dict[str, tuple[Sequence[int], int]] = {
 """Blocks in each stage and channels of the first; each stage after it doubles the channels and halves the image."""
 
 
-def build(name: str, classes: int) -> nn.Module:
+def build(name: str, classes: int, arguments: Arguments = ()) -> nn.Module:
     """A dense classifier (batch, 3, height, width) -> (batch, `classes`), freshly initialised.
 
+    Args:
+        arguments: those of the function, where `name` is a ``package.module:function`` that makes the model.
+
     Raises:
-        SparsityError: for a name that is neither in `SMALL` nor a classifier of torchvision.models.
+        SparsityError: for a name that is neither in `SMALL`, nor a classifier of torchvision.models, nor a function
+            that can be called.
     """
+    if ":" in name:
+        return user_model.build(name, arguments)
     if name in SMALL:
         return small_resnet(*SMALL[name], classes)
     known = list_models(module=torchvision.models)
     if name not in known:
-        raise SparsityError(f'unknown model "{name}"; known models: {", ".join([*SMALL, *known])}')
+        raise SparsityError(
+            f'unknown model "{name}"; known models: {", ".join([*SMALL, *known])}; '
+            "for a model of your own write package.module:function"
+        )
     # These two return a tuple in training unless told not to.
     options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = get_model(name, num_classes=classes, **options)

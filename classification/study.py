@@ -15,8 +15,8 @@ from typing import Annotated
 import tyro
 
 from nm_sparsity.classification import configs
+from nm_sparsity.classification.checkpoints import LATEST
 from nm_sparsity.classification.data import load_splits
-from nm_sparsity.classification.evaluate import LATEST
 from nm_sparsity.classification.train import SUMMARY
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
@@ -49,8 +49,8 @@ class ImageStudy(Study):
     columns = (
         Column("test top-1 %", lambda r: r["test/top1"], digits=2),
         Column("density", lambda r: r["model_density"], digits=4, spread=False),
-        Column("flips/weight", lambda r: r["flips_per_weight"] if r["sparse_weights"] else None, 4, spread=False),
-        Column("lambda*sum(lr)", lambda r: r["decay_strength"] or None, digits=3, spread=False),
+        Column("flips/weight", lambda r: r["flips_per_weight"], 4, spread=False),
+        Column("lambda*sum(lr)", lambda r: r["decay_strength"], digits=3, spread=False),
     )
     plots = (
         Plot("accuracy.png", "epoch", "validation top-1 (%)", lambda run: _curve("epoch", "val/top1", run)),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,18 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from nm_sparsity.classification import PACKAGES, distributed
+from nm_sparsity.classification.checkpoints import BEST, CLASSES, LATEST, check_names, find
 from nm_sparsity.classification.configs import RECIPES, ClassifierConfig, OptimizerConfig
+from nm_sparsity.classification.console import Console
 from nm_sparsity.classification.data import eval_batches, load_splits, part_size, steps_per_epoch, train_batches
-from nm_sparsity.classification.evaluate import BEST, LATEST, Accuracy, autocast, evaluate, find_checkpoint
+from nm_sparsity.classification.evaluate import Accuracy, autocast, count
 from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, termination
 from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
 from nm_sparsity.core.experiments.recipes import difference
 from nm_sparsity.core.experiments.run import FINALIZED, METRICS, Run, read_metrics, write_json
+from nm_sparsity.core.experiments.user_model import parse_arguments
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, find_parts
@@ -47,16 +51,16 @@ def train(config: ClassifierConfig, progress: bool = True) -> dict[str, Any]:
         return Trainer(config, device, progress).fit()
 
 
-def learning_rates(config: OptimizerConfig, epochs: int, steps_per_epoch: int) -> list[float]:
+def learning_rates(config: ClassifierConfig, steps_per_epoch: int) -> list[float]:
     """The learning rate of each optimizer step: linear warm-up, then half a cosine to zero."""
-    total, warmup = epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
+    total, warmup = config.epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch)
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
-    return [config.lr * factor(step) for step in range(total)]
+    return [config.optimizer.lr * factor(step) for step in range(total)]
 
 
 @dataclass
@@ -76,13 +80,15 @@ class Trainer:
     """A run from its config to its summary. All that training changes is saved by `_save` and read by `_resume`."""
 
     def __init__(self, config: ClassifierConfig, device: torch.device, progress: bool) -> None:
-        self.config, self.device, self.progress = config, device, progress
+        self.config, self.device = config, device
         part_size(config)
         self._check_folder()
         self.splits = load_splits(config.data)
         self.steps_per_epoch = steps_per_epoch(self.splits.train, config)
-        self.lr = learning_rates(config.optimizer, config.epochs, self.steps_per_epoch)
-        self.strength = config.sparsity.make_method().hyperparameters().get("decay", 0.0) * sum(self.lr)
+        self.lr = learning_rates(config, self.steps_per_epoch)
+        self.console = Console(config, self.lr, self.steps_per_epoch, progress)
+        decay = config.sparsity.make_method().hyperparameters().get("decay")
+        self.strength = None if decay is None else decay * sum(self.lr)
 
         torch.manual_seed(config.seed)
         self.model = self._initial_model()
@@ -95,6 +101,10 @@ class Trainer:
         self.optimizer = _optimizer(self.model, config.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
         self.position = Position()
+        self.saved: int | None = None
+        """The step of the checkpoint to resume from."""
+        self.planned: int | None = None
+        """The epochs that a resumed run was to take."""
         # Dropout differs between processes; initial weights do not.
         torch.manual_seed(config.seed + distributed.rank())
         if config.resume:
@@ -114,23 +124,23 @@ class Trainer:
         config, first = self.config, self.position.step
         folder = config.folder if distributed.rank() == 0 else None
         with (
+            termination() as self.terminated,
             Run(folder, config.to_dict(), config.seed, config.resume, PACKAGES) as run,
-            tqdm(
-                total=len(self.lr),
-                initial=first,
-                unit="step",
-                desc=str(config.folder),
-                disable=not self.progress or distributed.rank() > 0 or None,
-            ) as bar,
+            self.console.bar(first) as bar,
         ):
-            self._say(self.report.summary())
-            if config.sparsity.method == "sr-ste":
-                self._say(f"lambda * sum(lr) of the planned {len(self.lr)} steps: {self.strength:.3g}")
+            self.console.say(self.report.summary())
+            self.console.begin(first, self.planned)
+            if self.strength is not None:
+                self.console.say(f"lambda * sum(lr) of the planned {len(self.lr)} steps: {self.strength:.3g}")
                 warn_if_strength_is_weak(self.strength)
             run.log(first, {"decay_strength_planned": self.strength, "sparse_density": self.report.sparse_density})
-            for epoch in range(first // self.steps_per_epoch, config.epochs):
-                self._epoch(epoch, run, bar)
-            return self._finish(run)
+            try:
+                for epoch in range(first // self.steps_per_epoch, config.epochs):
+                    self._epoch(epoch, run, bar)
+                return self._finish(run)
+            except KeyboardInterrupt:
+                self.console.stopped("interrupted", self.position.step, self.saved)
+                raise
 
     def _epoch(self, epoch: int, run: Run, bar: Any) -> None:
         config, here = self.config, self.position
@@ -149,9 +159,15 @@ class Trainer:
                 values |= self._flips(tracker) if tracker else {}
                 seconds = time.perf_counter() - since
                 here.seconds += seconds
-                run.log(here.step, {**values, "images_per_s": steps * config.batch_size / seconds})
-                bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                speed = steps * config.batch_size / seconds
+                run.log(here.step, {**values, "images_per_s": speed})
+                self.console.progress(bar, here.step, mean, speed)
                 loss, since, steps = torch.zeros_like(loss), time.perf_counter(), 0
+            if self._terminated(due):
+                self._finite(loss)
+                self._save(LATEST)
+                self.console.stopped("stopped by SIGTERM", here.step, self.saved)
+                raise SystemExit(128 + signal.SIGTERM)
             if config.checkpoint_every and here.step % config.checkpoint_every == 0:
                 self._finite(loss)
                 self._save(LATEST)
@@ -159,7 +175,9 @@ class Trainer:
         here.seconds += time.perf_counter() - since
         accuracy = self._evaluate()
         run.log(here.step, {"epoch": epoch + 1, **_named("val", accuracy)})
-        self._say(f"epoch {epoch + 1}/{config.epochs}: val top-1 {accuracy.top1:.2f}%, val loss {accuracy.loss:.4f}")
+        self.console.say(
+            f"epoch {epoch + 1}/{config.epochs}: val top-1 {accuracy.top1:.2f}%, val loss {accuracy.loss:.4f}"
+        )
         best = accuracy.top1 > here.best
         here.best = max(here.best, accuracy.top1)
         self._save(LATEST, *([BEST] if best else []))
@@ -221,20 +239,25 @@ class Trainer:
     def _evaluate(self) -> Accuracy:
         distributed.average_buffers(self.evaluated)
         images = eval_batches(self.splits.val, self.config)
-        return evaluate(self.evaluated, images, self.device, self.config.amp)
+        return count(self.evaluated, images, self.device, self.splits.classes, self.config.amp)[0]
 
     def _finish(self, run: Run) -> dict[str, Any]:
         """Evaluate, finalize a copy, verify it, evaluate that too; write finalized.pt and the summary."""
         config = self.config
 
         def score(model: nn.Module) -> dict[str, float]:
-            return asdict(evaluate(model, eval_batches(self.splits.test, config), self.device, config.amp))
+            images = eval_batches(self.splits.test, config)
+            return asdict(count(model, images, self.device, self.splits.classes, config.amp)[0])
 
         distributed.average_buffers(self.evaluated)
-        done = finalize_and_check(self.evaluated, score, gpu_tolerance=0.1)
+        with warnings.catch_warnings():
+            # That lambda is small was said when the run was planned.
+            warnings.filterwarnings("ignore", message=r"lambda \* sum\(lr\) is")
+            done = finalize_and_check(self.evaluated, score, gpu_tolerance=0.1)
         final, again = Accuracy(**done.score), Accuracy(**done.again)
         val = final if self.splits.val is self.splits.test else self._evaluate()
         report, verified = done.report, len(done.verification.checked)
+        flip_rate = self.position.flips / self.position.compared if self.position.compared else None
         summary = {
             "config": config.to_dict(),
             **_named("test", final),
@@ -244,35 +267,41 @@ class Trainer:
             "sparse_density": report.sparse_density,
             "model_density": report.model_density,
             "verified_weights": verified,
-            "flip_rate": self.position.flips / max(self.position.compared, 1),
-            "flips_per_weight": self.position.flips / max(self.position.compared, 1) * self.position.step,
+            "flip_rate": flip_rate,
+            "flips_per_weight": None if flip_rate is None else flip_rate * self.position.step,
             "decay_strength": self.strength,
             "steps": self.position.step,
             "seconds": self.position.seconds,
         }
         if distributed.rank() == 0:
-            save_finalized(done.model, config.folder / FINALIZED, config=config.to_dict())
+            beside = {"config": config.to_dict(), CLASSES: list(self.splits.names)}
+            save_finalized(done.model, config.folder / FINALIZED, **beside)
             write_json(config.folder / SUMMARY, summary)
         run.log(self.position.step, _named("test", final))
-        self._say(
-            f"top-1 {final.top1:.2f}%, finalized {again.top1:.2f}% on {final.images} test images; "
-            f"{verified} sparse weights verified; density {report.model_density:.3f}; "
-            f"wrote {config.folder / FINALIZED}"
+        images = "test images" if self.splits.val is not self.splits.test else "val images (there is no test part)"
+        self.console.say(
+            f"top-1 {final.top1:.2f}%, finalized {again.top1:.2f}% on {final.images} {images}; "
+            f"{verified} sparse weights verified; density {report.model_density:.3f}"
         )
+        self.console.wrote((FINALIZED, SUMMARY, BEST, LATEST), self.position.best)
         return summary
 
-    def _say(self, line: str) -> None:
-        if self.progress and distributed.rank() == 0:
-            tqdm.write(line)
+    def _terminated(self, waiting: bool) -> bool:
+        """Whether SIGTERM came. Several processes ask each other where they are `waiting` for each other anyway."""
+        if distributed.world() == 1:
+            return self.terminated()
+        return waiting and bool(distributed.total(torch.tensor(float(self.terminated()), device=self.device)))
 
     def _initial_model(self) -> nn.Module:
         config = self.config
-        model = build(config.model, self.splits.classes)
+        model = build(config.model, self.splits.classes, parse_arguments(config.args))
+        if ":" in config.model:
+            self._check_shape(model)
         if config.pretrained:
             if fresh := load_pretrained(model, config.model, config.pretrained):
-                self._say(f"{', '.join(fresh)} start untrained: {config.pretrained} is for other classes")
+                self.console.say(f"{', '.join(fresh)} start untrained: {config.pretrained} is for other classes")
         elif config.init_from:
-            path = find_checkpoint(config.init_from)
+            path = find(config.init_from)
             restore(model, find_parts(load(path), path)[0])
         elif config.sparsity.make_method().starts_trained and not config.resume:
             raise SparsityError(
@@ -280,6 +309,23 @@ class Trainer:
                 "dense) and give it with --init-from RUN, or use --pretrained"
             )
         return model
+
+    def _check_shape(self, model: nn.Module) -> None:
+        """See that a model of the user's takes these images and tells these classes apart, before it trains."""
+        images = self.splits.val.take([0], augment=False)[0]
+        training = model.training
+        try:
+            with torch.no_grad():
+                found = model.eval()(images)
+        except Exception as error:  # Whatever a user's model raises.
+            raise SparsityError(f"{self.config.model} does not take images {tuple(images.shape)}: {error}") from error
+        model.train(training)
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != (1, self.splits.classes):
+            raise SparsityError(
+                f"{self.config.model} gives {shape} for an image, expected (1, {self.splits.classes}), a number for "
+                "each class; say how many there are with --args"
+            )
 
     def _check_folder(self) -> None:
         latest = self.config.folder / LATEST
@@ -298,7 +344,7 @@ class Trainer:
         generators = distributed.gather(torch.get_rng_state())
         if distributed.rank() > 0:
             return
-        payload = {"config": self.config.to_dict()}
+        payload: dict[str, Any] = {"config": self.config.to_dict(), CLASSES: list(self.splits.names)}
         payload["state_dict"], payload[METADATA] = split(self.evaluated)
         training: dict[str, Any] = {
             "optimizer": self.optimizer.state_dict(),
@@ -315,6 +361,7 @@ class Trainer:
             }
         for name in names:
             save(self.config.folder / name, {**payload, "training": training})
+        self.saved = self.position.step
 
     def _resume(self) -> None:
         path = self.config.folder / LATEST
@@ -324,7 +371,14 @@ class Trainer:
         changed = difference(payload["config"], self.config)
         if changed:
             raise SparsityError(f"{path} is of a run with another config ({'; '.join(changed)}); choose another --out")
+        check_names(path, payload.get(CLASSES), self.splits.names)
         training = payload["training"]
+        self.planned = payload["config"]["epochs"]
+        if training["position"]["step"] > len(self.lr):
+            done = training["position"]["step"] / self.steps_per_epoch
+            raise SparsityError(
+                f"{path} has trained {done:.4g} epochs already, more than --epochs {self.config.epochs}"
+            )
         restore(self.evaluated, payload["state_dict"], payload[METADATA])
         if self.ema is not None:
             averaged = training["model"]
@@ -333,6 +387,7 @@ class Trainer:
         self.optimizer.load_state_dict(training["optimizer"])
         self.scaler.load_state_dict(training["scaler"])
         self.position = Position(**training["position"])
+        self.saved = self.position.step
         if distributed.rank() < len(training["generators"]):
             torch.set_rng_state(training["generators"][distributed.rank()])
         if distributed.rank() == 0:

@@ -17,7 +17,7 @@ from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
 from nm_sparsity.core.files.verify import placements_by_shape, verify
 from nm_sparsity.core.masks import keep_largest
-from nm_sparsity.core.model.config import SparsityConfig
+from nm_sparsity.core.model.convert import sparsify
 from nm_sparsity.core.model.flops import count_flops
 from nm_sparsity.core.model.report import SparsityReport
 from nm_sparsity.core.model.rules import Rules
@@ -70,13 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    config = SparsityConfig(
-        pattern=args.pattern, layout=args.layout, include=tuple(args.include), exclude=tuple(args.exclude)
-    )
     # On the meta device a model of any size is built and run without memory or time.
     with torch.device("meta"):
         model = build(args.model)
-    report = config.sparsify(model)
+    report = sparsify(model, args.pattern, layout=args.layout, include=args.include, exclude=args.exclude)
     if args.input != "none":
         report = _count_flops(model, report, args.input)
     print(report.to_json() if args.json else report)

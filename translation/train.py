@@ -18,7 +18,7 @@ import torch
 from nm_sparsity.core import CheckpointError, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.folders import make_folder
-from nm_sparsity.core.experiments.recipes import difference
+from nm_sparsity.core.experiments.recipes import OPTIONS, difference
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
 from nm_sparsity.translation import PACKAGES, plugin
 from nm_sparsity.translation.prepare import Prepared
@@ -39,7 +39,7 @@ def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
     arguments = [*config.arguments(), *more]
     _check_folder(config)
     make_folder(config.folder)
-    write_json(config.folder / CONFIG, {"config": config.to_dict(), "fairseq": list(more), "corpus": asdict(prepared)})
+    write_json(config.folder / CONFIG, {"config": config.to_dict(), OPTIONS: list(more), "corpus": asdict(prepared)})
     write_json(config.folder / ENVIRONMENT, environment(config.seed, PACKAGES))
     print(shlex.join(["fairseq-train", *arguments]), flush=True)
     # As fairseq-train does it, unless something else was imported first.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 
 from nm_sparsity.core.errors import SparsityError
@@ -39,6 +42,30 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else None
     return argparse.ArgumentParser(program, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+@contextmanager
+def termination() -> Iterator[Callable[[], bool]]:
+    """A block in which SIGTERM does nothing but make what it yields return True; a second one ends the process at once.
+
+    So what cannot be left undone is finished and saved first. Outside the main thread, where Python handles no signal,
+    it changes nothing.
+    """
+    asked = False
+
+    def note(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def say_renamed(old: str, new: str) -> None:

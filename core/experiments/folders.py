@@ -1,10 +1,11 @@
-"""Folders that commands write into."""
+"""Folders that commands write into, and the checkpoint in them that a command is to read."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.errors import CheckpointError, SparsityError
 
 
 def make_folder(folder: Path) -> Path:
@@ -23,3 +24,18 @@ def make_folder(folder: Path) -> Path:
     except OSError as error:
         raise SparsityError(f"cannot write to the folder {folder}: {error.strerror}; choose another place") from None
     return folder
+
+
+def find_checkpoint(path: Path, names: Sequence[str]) -> Path:
+    """`path` itself if it is a file, or in a run folder the first that is there of `names`.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    found = [path] if not path.is_dir() else [path / name for name in names]
+    for file in found:
+        if file.is_file():
+            return file
+    if path.is_dir():
+        raise CheckpointError(f"{path} holds neither {' nor '.join(names)}; is it a run folder?")
+    raise CheckpointError(f"there is no checkpoint {path}")

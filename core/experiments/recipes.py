@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, get_type_hints
@@ -15,9 +16,12 @@ import tyro
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import present_names, say_renamed
-from nm_sparsity.core.experiments.run import as_json
+from nm_sparsity.core.experiments.run import CONFIG, as_json
 from nm_sparsity.core.model.config import SparsityConfig
 from nm_sparsity.core.table import format_table
+
+OPTIONS = "options"
+"""In the config.json of a run that took options that are no field: those, beside the tree as "config"."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class RunConfig:
     """One training run. Each task adds its fields."""
 
     may_change: ClassVar[tuple[str, ...]] = ("folder", "resume")
-    """Fields in which a run that is resumed may differ from how it began."""
+    """Fields, and fields in fields such as ``data.root``, in which a run that is resumed may differ from how it began.
+    """
     renamed: ClassVar[Mapping[str, str]] = {"--sparsity.": "--"}
     """Options of the version before that still work: see `present_names`."""
 
@@ -78,7 +83,7 @@ def from_tree(cls: type[Any], tree: Mapping[str, Any]) -> Any:
 def difference(there: Mapping[str, Any], here: RunConfig) -> list[str]:
     """What makes `here` another run than the one that left the config `there`, as ``name: there -> here``."""
     before, now = _leaves(there), _leaves(here.to_dict())
-    names = [name for name in {**before, **now} if name.partition(".")[0] not in here.may_change]
+    names = [name for name in {**before, **now} if not f"{name}.".startswith(tuple(f"{n}." for n in here.may_change))]
     return [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
 
 
@@ -111,18 +116,44 @@ class Recipes(Generic[C]):
     def get(self, name: str) -> C:
         """The config called `name`; the spelling ``2by4`` of the version before still works for ``2to4``.
 
+        What ends in ``.json`` is a file that ``--print-config`` or a run wrote, and a run folder stands for its own.
+
         Raises:
-            SparsityError: for an unknown name, with the known ones.
+            SparsityError: for an unknown name, with the known ones, or a file that is no config.
         """
+        return self._get(name)[0]
+
+    def _get(self, name: str) -> tuple[C, list[str]]:
+        """The config called `name`, and options that are none of its fields, where a run recorded some."""
         present = re.sub(r"(\d)by(\d)", r"\1to\2", name)
-        if present not in self._configs:
-            raise SparsityError(f'unknown recipe "{name}"; known recipes: {", ".join(self)}')
-        if present != name:
-            say_renamed(name, present)
-        return self._configs[present]
+        if present in self._configs:
+            if present != name:
+                say_renamed(name, present)
+            return self._configs[present], []
+        if (folder := Path(name)).is_dir():
+            config, more = self._read(folder / CONFIG)
+            return replace(config, folder=folder), more
+        if name.endswith(".json"):
+            return self._read(Path(name))
+        close = get_close_matches(present, self, 1)
+        hint = f' (did you mean "{close[0]}"?)' if close else ""
+        raise SparsityError(f'unknown recipe "{name}"{hint}; known recipes: {", ".join(self)}')
+
+    def _read(self, path: Path) -> tuple[C, list[str]]:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            tree, more = content.get("config", content), content.get(OPTIONS, [])
+            config = type(next(iter(self._configs.values()))).from_dict(tree)
+        except OSError as error:
+            raise SparsityError(f"cannot read the config {path}: {error.strerror}") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise SparsityError(f"{path} is not a config that --print-config or a run wrote ({error})") from None
+        return replace(config, resume=False), more
 
     def from_command_line(self, arguments: Sequence[str], prog: str, more: str | None = None) -> tuple[C, list[str]]:
         """``RECIPE [--field value ...]`` -> the config with its overrides, and the options that are none of its fields.
+
+        The file of a config, or a run folder, does in the place of a recipe: see `get`.
 
         Without arguments or with ``--help`` alone it prints the recipes, with ``--print-config`` the resulting config,
         and exits.
@@ -134,11 +165,15 @@ class Recipes(Generic[C]):
             SparsityError: for an unknown recipe.
         """
         if not arguments or arguments[0] in ("-h", "--help"):
-            usage = " ".join(filter(None, (prog, "RECIPE [--print-config] [--field value ...]", more and f"[{more}]")))
+            usage = " ".join(
+                filter(
+                    None, (prog, "RECIPE|RUN|CONFIG.json [--print-config] [--field value ...]", more and f"[{more}]")
+                )
+            )
             print(f"usage: {usage}    ({prog} RECIPE --help lists the fields)\n")
             print(format_table(("recipe", "what it trains"), self._about.items()))
             sys.exit(0 if arguments else 2)
-        base = self.get(arguments[0])
+        base, recorded = self._get(arguments[0])
         overrides = present_names(arguments[1:], base.renamed)
         if any(override.partition("=")[0] == "--method" for override in overrides):
             # A recipe's hyperparameters belong to its method; another one starts from its own defaults.
@@ -152,6 +187,7 @@ class Recipes(Generic[C]):
         )
         config, rest = (parse(), []) if more is None else parse(return_unknown_args=True)
         if "--print-config" in overrides:
-            print(json.dumps(config.to_dict(), indent=2))
+            tree = config.to_dict()
+            print(json.dumps({"config": tree, OPTIONS: rest} if rest else tree, indent=2))
             sys.exit(0)
-        return config, rest
+        return config, [*recorded, *rest]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -13,8 +13,26 @@ from torch import nn
 
 from nm_sparsity.core.errors import SparsityError
 
+Arguments = Sequence[Any] | Mapping[str, Any]
+"""Of a function: by position or by name."""
 
-def build(name: str, arguments: Sequence[Any] = ()) -> nn.Module:
+
+def parse_arguments(text: str) -> Arguments:
+    """The arguments that JSON `text` lists, or names: ``[10]`` or ``{"classes": 10}``.
+
+    Raises:
+        SparsityError: if it is neither.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list | dict):
+        raise SparsityError(f"--args takes a JSON list or object, [10] or {{\"classes\": 10}}, found '{text}'")
+    return found
+
+
+def build(name: str, arguments: Arguments = ()) -> nn.Module:
     """The torchvision model `name` without its weights, or what ``package.module:function`` returns for `arguments`.
 
     The current folder is importable.
@@ -37,23 +55,10 @@ def build(name: str, arguments: Sequence[Any] = ()) -> nn.Module:
         )
     # Detectors would otherwise fetch a pretrained backbone.
     takes = signature(get_model_builder(name)).parameters
-    model: nn.Module = get_model(name, *arguments, **dict.fromkeys({"weights", "weights_backbone"} & set(takes)))
+    untrained = dict.fromkeys({"weights", "weights_backbone"} & set(takes))
+    positional, named = _split(arguments)
+    model: nn.Module = get_model(name, *positional, **{**untrained, **named})
     return model
-
-
-def parse_arguments(text: str) -> list[Any]:
-    """The value of ``--args``: a function's arguments as a JSON list.
-
-    Raises:
-        SparsityError: if it is none.
-    """
-    try:
-        arguments = json.loads(text)
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, list):
-        raise SparsityError(f"--args takes a JSON list such as '[10, \"small\"]'; found {text!r}")
-    return arguments
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -71,10 +76,15 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _call(name: str, module: str, function: str, arguments: Sequence[Any]) -> nn.Module:
+def _split(arguments: Arguments) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    return ((), arguments) if isinstance(arguments, Mapping) else (arguments, {})
+
+
+def _call(name: str, module: str, function: str, arguments: Arguments) -> nn.Module:
+    positional, named = _split(arguments)
     sys.path.insert(0, "")
     try:
-        model = getattr(importlib.import_module(module), function)(*arguments)
+        model = getattr(importlib.import_module(module), function)(*positional, **named)
     except Exception as error:  # Whatever a user's own code raises.
         raise SparsityError(f'cannot build "{name}": {error}') from error
     finally:

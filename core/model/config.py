@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -56,8 +57,20 @@ class SparsityConfig:
         return make_method(self.method, decay=self.decay, **self.hyperparameters)
 
     def sparsify(self, model: nn.Module) -> SparsityReport:
-        """`sparsify` `model` as configured, in place."""
-        return sparsify(model, method=self.make_method(), **self._arguments())
+        """`sparsify` `model` as configured, in place.
+
+        Raises:
+            SparsityError: also if nothing becomes sparse, of which `sparsify` only warns: who configures a run asked
+                for a pattern.
+        """
+        method = self.make_method()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="sparsify converted no layer")
+            report = sparsify(model, method=method, **self._arguments())
+        if method.trains_sparse and not report.sparse:
+            reasons = "; ".join(f"{row.name}: {row.note}" for row in report.weights[:3]) or "it has no such layer"
+            raise SparsityError(f"nothing of {type(model).__name__} is sparse at {self.pattern} ({reasons})")
+        return report
 
     def _arguments(self) -> dict[str, Any]:
         arguments = asdict(self)

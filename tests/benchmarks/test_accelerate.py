@@ -71,7 +71,7 @@ def test_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("my_models:build", "[32]", "4;16", "--input takes a shape"),
         ("my_models:build", "[32]", "4,17", "the model does not take an input of 4x17"),
         (":build", "[32]", "4,16", 'cannot build ":build"'),
-        ("my_models:build", "[32", "4,16", "--args takes a JSON list"),
+        ("my_models:build", "[32", "4,16", "--args takes a JSON list or object"),
     ],
 )
 def test_bad_arguments(

@@ -48,11 +48,11 @@ def test_imagenet_recipes_are_the_papers(model: str, pattern: str) -> None:
 
 def test_the_papers_lambda_has_strength_six() -> None:
     steps = 1_281_167 // 256
-    assert 2e-4 * sum(learning_rates(configs.get("resnet50_2to4").optimizer, 120, steps)) == pytest.approx(6, rel=0.01)
+    assert 2e-4 * sum(learning_rates(configs.get("resnet50_2to4"), steps)) == pytest.approx(6, rel=0.01)
 
 
 def test_learning_rates_warm_up_linearly_and_fall_along_a_cosine() -> None:
-    lr = learning_rates(OptimizerConfig(lr=0.4, warmup_epochs=2), epochs=10, steps_per_epoch=5)
+    lr = learning_rates(ClassifierConfig(optimizer=OptimizerConfig(lr=0.4, warmup_epochs=2), epochs=10), 5)
     assert len(lr) == 50
     assert lr[:10] == pytest.approx([0.04 * (i + 1) for i in range(10)])
     assert lr[10] == pytest.approx(0.4)
@@ -61,10 +61,19 @@ def test_learning_rates_warm_up_linearly_and_fall_along_a_cosine() -> None:
     assert 0 < lr[49] < 0.4 * 0.002
 
 
+def test_a_run_shorter_than_its_warm_up_warms_up_for_a_tenth_of_it() -> None:
+    config = replace(configs.get("resnet50_2to4"), epochs=2)
+    assert config.optimizer.warmup_epochs == 5
+    lr = learning_rates(config, 50)
+    assert lr[:10] == pytest.approx([0.01 * (i + 1) for i in range(10)])
+    assert lr[10] == 0.1
+    assert lr[-1] < 1e-4
+
+
 def test_an_unknown_recipe_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["resnet50_3to4"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith('error: unknown recipe "resnet50_3to4"; known recipes: ')
+    assert error.startswith('error: unknown recipe "resnet50_3to4" (did you mean "resnet50_2to4"?); known recipes: ')
     assert all(name in error for name in RECIPES)
 
 
@@ -87,6 +96,37 @@ def test_print_config_shows_the_overridden_tree(capsys: pytest.CaptureFixture[st
     assert (config.sparsity.pattern, config.optimizer.lr, config.ema) == ("1:8", 0.3, 0.9)
     assert config.sparsity.exclude == ("fc", "conv1")
     assert config.epochs == configs.get("digits_2to4").epochs
+
+
+def test_a_printed_config_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed(capsys, "digits_2to4", "--pattern", "1:8", "--epochs", "3", "--resume")
+    (tmp_path / "mine.json").write_text(json.dumps(config.to_dict()))
+    again = printed(capsys, str(tmp_path / "mine.json"), "--seed", "5")
+    assert again == replace(config, seed=5, resume=False)
+    # A run folder stands for its own config, wherever it lies now.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine.json").rename(tmp_path / "run" / "config.json")
+    assert printed(capsys, str(tmp_path / "run")) == replace(config, folder=tmp_path / "run", resume=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a config that --print-config or a run wrote"),
+        ("[1]", "is not a config that --print-config or a run wrote"),
+        ('{"epochs": "many"}', "is not a config that --print-config or a run wrote"),
+        ('{"epoch": 3}', "ClassifierConfig has no field epoch; it has accumulation"),
+        ('{"epochs": 0}', "epochs must be at least 1, found 0"),
+        (None, "cannot read the config"),
+    ],
+)
+def test_what_is_no_config_is_named(
+    text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "mine.json").write_text(text)
+    assert train.main([str(tmp_path / "mine.json")]) == 1
+    assert message in capsys.readouterr().err
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> ClassifierConfig:
@@ -143,7 +183,8 @@ def test_names_of_the_version_before_still_work_and_say_so(capsys: pytest.Captur
         ("--optimizer.momentum=1", "optimizer.momentum"),
         ("--optimizer.momentum=0", "optimizer.momentum must be above 0 for nesterov"),
         ("--optimizer.weight-decay=-0.1", "optimizer.weight_decay"),
-        ("--optimizer.warmup-epochs=21", "optimizer.warmup_epochs must be at most epochs = 20"),
+        ("--args=10", "--args takes a JSON list or object"),
+        ("--args=[10]", "args must be left out for a model of torchvision"),
         ("--optimizer.clip-norm=0", "optimizer.clip_norm"),
         ("--optimizer.name=lion", "optimizer.name"),
         ("--epochs=0", "epochs must be at least 1"),

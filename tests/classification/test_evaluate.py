@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,10 @@ from nm_sparsity.core.files.io import load
 Tiny = Callable[..., ClassifierConfig]
 
 
-def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, float]:
+def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     capsys.readouterr()
-    assert evaluate.main([*arguments, "--device", "cpu"]) == 0
-    result: dict[str, float] = json.loads(capsys.readouterr().out)
+    assert evaluate.main([*arguments, "--device", "cpu", "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
     return result
 
 
@@ -52,6 +53,8 @@ def test_every_kind_of_checkpoint_gives_the_same_accuracy(
         [str(config.folder / "finalized.pt"), "--batch-size", "7"],
         [str(tmp_path / "foreign.pt"), "--config", "digits_2to4"],
         [str(tmp_path / "shadow.pt"), "--config", "digits_2to4"],
+        [str(tmp_path / "shadow.pt"), "--config", str(config.folder)],
+        [str(tmp_path / "shadow.pt"), "--config", str(config.folder / "config.json")],
     ):
         found = measured(capsys, *arguments)
         assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
@@ -63,7 +66,7 @@ def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny) -> None:
     torch.manual_seed(0)
     images = load_splits(DataConfig("digits")).test
     model = build("resnet8_small", 10).train()
-    found = evaluate.evaluate(model, evaluate.eval_batches(images, tiny()), torch.device("cpu"))
+    found, confusion = evaluate.count(model, evaluate.eval_batches(images, tiny()), torch.device("cpu"), 10)
     assert model.training
     model.eval()
     pixels, labels = images.take(list(range(360)), augment=False)
@@ -74,13 +77,17 @@ def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny) -> None:
         100 * sum(int(r[0]) == int(y) for r, y in zip(ranked, labels, strict=True)) / 360
     )
     assert found.top5 == pytest.approx(100 * sum(int(y) in r[:5] for r, y in zip(ranked, labels, strict=True)) / 360)
+    expected = [[0] * 10 for _ in range(10)]
+    for r, y in zip(ranked, labels, strict=True):
+        expected[int(y)][int(r[0])] += 1
+    assert confusion.tolist() == expected
     assert found.loss == pytest.approx(float(-logits.log_softmax(1)[torch.arange(360), labels].mean()), rel=1e-5)
 
 
 def test_bad_checkpoints_are_named(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(build("resnet8_small", 10).state_dict(), tmp_path / "foreign.pt")
     foreign = str(tmp_path / "foreign.pt")
-    assert "name its recipe, e.g. --config resnet50_2to4" in failed(capsys, foreign)
+    assert "name its recipe or its run, e.g. --config resnet50_2to4" in failed(capsys, foreign)
     assert "known recipes" in failed(capsys, foreign, "--config", "digits_3to4")
     torch.save(build("resnet20_small", 10).state_dict(), tmp_path / "other.pt")
     assert "layer1.1.conv1.weight" in failed(capsys, str(tmp_path / "other.pt"), "--config", "digits_2to4")
@@ -100,3 +107,35 @@ def test_a_checkpoint_that_broke_its_pattern_is_refused(tiny: Tiny, capsys: pyte
     payload["state_dict"]["layer2.0.conv1.weight"].fill_(1.0)
     torch.save(payload, config.folder / "finalized.pt")
     assert "layer2.0.conv1.weight" in failed(capsys, str(config.folder))
+
+
+def test_every_class_is_reported_with_what_it_was_mistaken_for(
+    tiny: Tiny, folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny("resnet18_2to4", data__root=folders, data__image_size=32, data__workers=0, batch_size=6)
+    train(config)
+    found = measured(capsys, str(config.folder))
+    assert list(found["classes"]) == ["n01", "n02", "n03"]
+    assert [sum(row) for row in found["confusion"]] == [2, 2, 2]
+    for i, row in enumerate(found["classes"].values()):
+        assert row["images"] == 2
+        assert row["top1"] == 50 * found["confusion"][i][i]
+        assert (row["mistaken_for"] is None) == (row["top1"] == 100)
+    assert evaluate.main([str(config.folder), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"top-1 {found['top1']:.2f}%, top-5 100.00%, loss {found['loss']:.4f} on 6 images\n")
+    assert "most often mistaken for" in shown
+    # Other classes at the same place: the numbers would mean nothing.
+    for part in ("train", "val"):
+        (folders / part / "n02").rename(folders / part / "n02b")
+    assert 'trained on other classes: number 1 is "n02", here "n02b"' in failed(capsys, str(config.folder))
+
+
+def test_of_many_classes_the_worst_are_shown() -> None:
+    confusion = torch.diag(torch.arange(1, 31))
+    confusion[29, 3] = 90
+    found = evaluate.Evaluation(evaluate.Accuracy(1.0, 2.0, 3.0, 4), [f"c{i}" for i in range(30)], confusion)
+    lines = str(found).splitlines()
+    assert lines[1] == "The 20 of 30 classes with the lowest accuracy (--json has all):"
+    assert lines[5].split() == ["c29", "120", "25.00", "c3", "(90)"]
+    assert len(lines) == 5 + 20

@@ -18,7 +18,7 @@ from nm_sparsity.core.experiments.run import read_metrics
 from nm_sparsity.core.files.io import load
 
 Tiny = Callable[..., ClassifierConfig]
-TRAIN = "nm_sparsity.classification.train"
+TRAIN, EVALUATE = "nm_sparsity.classification.train", "nm_sparsity.classification.evaluate"
 DIGITS = ["digits_2to4", "--device=cpu", "--batch-size=104", "--epochs=1", "--log-every=1", "--decay=1"]
 
 
@@ -52,9 +52,9 @@ def test_two_processes_train_and_evaluate_like_one(
 
     summary = json.loads((two / "summary.json").read_text())
     assert summary["test/images"] == 360
-    sharded = json.loads(torchrun(environment, "nm_sparsity.classification.evaluate", str(two), "--device=cpu"))
+    sharded = json.loads(torchrun(environment, EVALUATE, str(two), "--device=cpu", "--json"))
     done = subprocess.run(
-        [sys.executable, "-m", "nm_sparsity.classification.evaluate", str(two), "--device=cpu"],
+        [sys.executable, "-m", EVALUATE, str(two), "--device=cpu", "--json"],
         env=environment,
         capture_output=True,
         text=True,
@@ -105,6 +105,32 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tmp_path: Path, environmen
     command = [sys.executable, "-m", TRAIN, *arguments]
     subprocess.run([*command, f"--out={run}", "--resume"], env=environment, check=True, capture_output=True)
     subprocess.run([*command, f"--out={whole}"], env=environment, check=True, capture_output=True)
+    found, expected = (load(folder / "finalized.pt")["state_dict"] for folder in (run, whole))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, environment: dict[str, str]) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    arguments = [*DIGITS, "--epochs=3"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", TRAIN, *arguments, f"--out={run}"], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step 13/"):
+        assert process.poll() is None
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    step = load(run / "latest.pt")["training"]["position"]["step"]
+    assert 13 < step < 30
+    assert f"stopped by SIGTERM after step {step} of 30" in out
+    command = out.splitlines()[-1].split()
+    assert command == ["python", "-m", TRAIN, str(run), "--resume"]
+    subprocess.run([sys.executable, *command[1:]], env=environment, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", TRAIN, *arguments, f"--out={whole}"], env=environment, check=True, capture_output=True
+    )
     found, expected = (load(folder / "finalized.pt")["state_dict"] for folder in (run, whole))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

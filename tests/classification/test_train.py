@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nm_sparsity.classification import evaluate
 from nm_sparsity.classification import train as train_module
 from nm_sparsity.classification.configs import ClassifierConfig
-from nm_sparsity.classification.train import Trainer, train
+from nm_sparsity.classification.train import Trainer, learning_rates, train
 from nm_sparsity.core import CheckpointError, NMPattern, SparsityError, verify
 from nm_sparsity.core.experiments.run import read_metrics
 from nm_sparsity.core.files.io import load
@@ -80,7 +83,7 @@ def test_the_imagenet_recipe_trains_on_image_folders(tiny: Tiny, folders: Path) 
 def test_a_dense_run_shares_every_path(tiny: Tiny) -> None:
     summary = train(tiny("digits_dense"))
     assert summary["finalized/top1"] == summary["test/top1"]
-    assert (summary["model_density"], summary["verified_weights"], summary["flip_rate"]) == (1, 0, 0)
+    assert (summary["model_density"], summary["verified_weights"], summary["flip_rate"]) == (1, 0, None)
 
 
 RESUMED: dict[str, dict[str, Any]] = {
@@ -133,7 +136,7 @@ def test_ten_steps_equal_five_and_five_after_an_interruption(
 
 
 def test_dropout_resumes_too(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(name: str, classes: int) -> torch.nn.Module:
+    def build(name: str, classes: int, arguments: object) -> torch.nn.Module:
         torch.manual_seed(3)
         fc = torch.nn.Linear(16, classes)
         return torch.nn.Sequential(
@@ -181,7 +184,7 @@ def test_sr_ste_moves_masks_less_than_ste(pattern: str, tiny: Tiny, tmp_path: Pa
                 sparsity__method=method,
             )
             if method == "sr-ste":
-                strength = Trainer(config, torch.device("cpu"), progress=False).strength / 2e-4
+                strength = (Trainer(config, torch.device("cpu"), progress=False).strength or 0) / 2e-4
                 config = replace(config, sparsity=replace(config.sparsity, decay=6 / strength))
             summary = train(config)
             if method == "sr-ste":
@@ -322,3 +325,82 @@ def test_checkpoints_hold_the_masked_weights_under_dense_names(tiny: Tiny) -> No
     weight = state["layer2.0.conv1.weight"]
     assert int((weight.unflatten(1, (-1, pattern.m)) != 0).sum(2).max()) <= pattern.n
     assert len(metadata.layers) == 8
+
+
+MINE = """
+from torch import nn
+
+def build(classes, width=16):
+    layers = [nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(width, classes))
+
+def broken(classes):
+    return nn.Linear(7, classes)
+"""
+
+
+def test_a_model_of_ones_own_trains_and_no_file_decides_what_code_runs(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_classifier.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    config = tiny(model="my_classifier:build", args='{"classes": 10, "width": 8}', sparsity__exclude=("5",))
+    summary = train(config)
+    assert (summary["verified_weights"], summary["finalized/top1"]) == (1, summary["test/top1"])
+    assert load(config.folder / "finalized.pt")["state_dict"]["2.weight"].shape == (8, 8, 3, 3)
+    assert evaluate.main([str(config.folder), "--device=cpu", "--json"]) == 1
+    assert "which is code: say that it may run with --model my_classifier:build" in capsys.readouterr().err
+    assert evaluate.main([str(config.folder), "--device=cpu", "--json", "--model=my_classifier:build"]) == 0
+    assert json.loads(capsys.readouterr().out)["top1"] == summary["test/top1"]
+    for model, arguments, message in (
+        ("my_classifier:build", "[3]", r"gives \(1, 3\) for an image, expected \(1, 10\)"),
+        ("my_classifier:build", "[]", r'cannot build "my_classifier:build": .*missing 1 required'),
+        ("my_classifier:broken", "[10]", r"does not take images \(1, 3, 8, 8\): "),
+        ("no_such_module:build", "[10]", r'cannot build "no_such_module:build": No module named'),
+    ):
+        with pytest.raises(SparsityError, match=message):
+            train(tiny(model=model, args=arguments, folder=tmp_path / "other"))
+
+
+def test_a_pattern_that_converts_nothing_is_an_error(tiny: Tiny) -> None:
+    with pytest.raises(SparsityError, match=r"nothing of .* is sparse at 2:4"):
+        train(tiny(sparsity__include=("fc",), sparsity__exclude=("fc",)))
+
+
+def test_a_longer_run_takes_over_where_a_shorter_one_ended(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny(epochs=1))
+    capsys.readouterr()
+    summary = train(tiny(epochs=3, resume=True))
+    out = capsys.readouterr().out
+    assert f"resuming after step 10 of 30 (epoch 1 of 3) from {tiny().folder}/latest.pt" in out
+    assert "was planned for 1 epochs and takes 3 now" in out
+    assert summary["steps"] == 30
+    rates = [line["lr"] for line in read_metrics(tiny().folder) if "lr" in line]
+    assert rates[10:] == pytest.approx(learning_rates(tiny(epochs=3), 10)[10:])
+    with pytest.raises(SparsityError, match=r"has trained 3 epochs already, more than --epochs 2"):
+        train(tiny(epochs=2, resume=True))
+
+
+def test_the_console_says_how_it_goes_and_an_interrupted_run_how_it_goes_on(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(epochs=2, log_every=4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 13)
+        train(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"after every epoch, latest.pt into {config.folder}" in lines[1]
+    pattern = r"step (\d+)/20: loss .*, lr .*, .* images/s, .* left"
+    steps = [int(found[1]) for line in lines if (found := re.fullmatch(pattern, line))]
+    assert steps == [4, 8, 12]
+    at = lines.index("interrupted after step 13 of 20 (epoch 1.3 of 2)")
+    assert lines[at + 1] == "after step 10 it goes on with"
+    module, *arguments = lines[at + 2].split()[2:]
+    assert module == "nm_sparsity.classification.train"
+    assert train_module.main(arguments) == 0
+    assert len(losses(config)) == 5
+
+
+def test_what_was_not_measured_is_not_a_number(tiny: Tiny) -> None:
+    summary = train(tiny(log_every=50))
+    assert (summary["flip_rate"], summary["flips_per_weight"]) == (None, None)

@@ -69,7 +69,7 @@ def test_resuming_after_sigterm_is_exact(stopped: recipes.TransformerConfig, tmp
 def test_a_run_records_its_config_as_data(stopped: recipes.TransformerConfig) -> None:
     written = json.loads((stopped.folder / recipes.CONFIG).read_text())
     assert written["config"]["sparsity"]["pattern"] == "2:4"
-    assert written["fairseq"] == SMALL
+    assert written["options"] == SMALL
     assert written["corpus"]["languages"] == ["en", "de"]
     assert recipes.recorded(stopped.folder) == stopped.to_dict()
 

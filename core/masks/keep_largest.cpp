@@ -5,8 +5,8 @@
 //
 // Magnitudes are compared as integers, the bits without the sign, so one code serves every float type of a width.
 // An entry's rank is the number of entries that beat it, all pairs compared with no branch and no sort: contiguous
-// groups that fit a vector, within it; others as a tile of groups turned into m rows of keys. Threads share the tiles of
-// all weights evenly.
+// groups that fit a vector, within it; small groups side by side, a vector of them at once; others as a tile of groups
+// turned into m rows of keys. Threads share the tiles of all weights evenly.
 
 #include <algorithm>
 #include <cstdint>
@@ -95,8 +95,11 @@ template <class From> constexpr int tile_groups(int m) {
     return (m <= 8 ? 1024 : m == 16 ? 512 : 256) / int(sizeof(typename From::Bits));
 }
 
+constexpr int SMALL_VECTOR = 16;  // bytes; every machine has it, and the 9 entries of a 3 x 3 kernel fill most of three
+template <class Key> constexpr int LANES = SMALL_VECTOR / int(sizeof(Key));
+
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-constexpr int VECTOR = 32;  // bytes
+constexpr int VECTOR = 32;
 
 template <class Key> using Vector [[gnu::vector_size(VECTOR)]] = Key;
 
@@ -121,11 +124,11 @@ INLINE void keep(Vector<Key>& bits, int n, std::integer_sequence<int, R...>) {
 // All ones into `kept` for what is kept of `count` entries of contiguous groups.
 template <int M, class From> INLINE void keep_contiguous(const void* w, typename From::Key* kept, int count, int n) {
     using Key = typename From::Key;
-    constexpr int LANES = VECTOR / sizeof(Key);
-    for (int p = 0; p < count; p += LANES) {
+    constexpr int WIDTH = VECTOR / sizeof(Key);
+    for (int p = 0; p < count; p += WIDTH) {
         Vector<Key> groups{};
         const char* at = static_cast<const char*>(w) + p * sizeof(Key);
-        if (p + LANES <= count) std::memcpy(&groups, at, VECTOR);
+        if (p + WIDTH <= count) std::memcpy(&groups, at, VECTOR);
         else std::memcpy(&groups, at, (count - p) * sizeof(Key));
         keep<From, Key>(groups, n, std::make_integer_sequence<int, M - 1>{});
         std::memcpy(kept + p, &groups, VECTOR);
@@ -135,6 +138,34 @@ template <int M, class From> INLINE void keep_contiguous(const void* w, typename
 constexpr int VECTOR = 0;
 template <int M, class From> void keep_contiguous(const void*, typename From::Key*, int, int) {}
 #endif
+
+// All ones into `kept`, lines of `nb`, for what is kept of `nb` groups side by side, whose lines are `inner` apart.
+template <int M, class From>
+INLINE void keep_side_by_side(const typename From::Bits* w, typename From::Key* kept, int64_t inner, int nb, int n) {
+    using Key = typename From::Key;
+    using Keys [[gnu::vector_size(SMALL_VECTOR)]] = Key;
+    constexpr Key SIZE = Key(~(Key(1) << (8 * sizeof(Key) - 1)));
+    for (int b = 0; b < nb; b += LANES<Key>) {
+        const int at = std::min(b, nb - LANES<Key>);  // the last vector takes some groups a second time
+        Keys key[M], rank[M];
+        for (int j = 0; j < M; j++) {
+            std::memcpy(&key[j], w + j * inner + at, SMALL_VECTOR);
+            key[j] &= SIZE;
+            key[j] = key[j] > From::nan_key ? From::nan_key - Keys{} : key[j];
+            rank[j] = Key(j) - Keys{};  // as if every earlier entry won
+        }
+        for (int i = 0; i < M; i++)
+            for (int j = i + 1; j < M; j++) {
+                const Keys later_wins = key[j] > key[i];
+                rank[i] -= later_wins;
+                rank[j] += later_wins;
+            }
+        for (int j = 0; j < M; j++) {
+            const Keys keeps = rank[j] < Key(n);
+            std::memcpy(kept + j * nb + at, &keeps, SMALL_VECTOR);
+        }
+    }
+}
 
 // All ones into `kept`, in memory order, for what is kept of `na` times `nb` groups, whose lines are `inner` apart.
 template <int M, class From>
@@ -208,8 +239,15 @@ INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
     constexpr int64_t UNIT = RESULT == MASK ? 1 : sizeof(typename To::Bits);
     const int64_t inner = weight.inner, start = a0 * M * inner + b0;
     const Bits* w = reinterpret_cast<const Bits*>(weight.w) + start;
+    // The lines of the result are on their way while the ranks are computed: stores alone are not fetched ahead.
+    if (nb == inner)
+        for (int64_t p = 0; p < UNIT * na * M * nb; p += 64) __builtin_prefetch(weight.out + UNIT * start + p, 1);
     constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
+    constexpr bool FEW = M <= 4;  // their keys and ranks stay in registers
     if (FITS && inner == 1) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, weight.n);
+    else if (FEW && nb >= LANES<Bits>)
+        for (int a = 0; a < na; a++)
+            keep_side_by_side<FEW ? M : 2, From>(w + a * M * inner, kept + a * M * nb, inner, nb, weight.n);
     else keep_tile<M, From>(w, kept, inner, na, nb, weight.n);
     // A tile of whole lines is one stretch; otherwise each line is, and there is one group along a.
     const int stretches = nb == inner ? 1 : M, count = na * M * nb / stretches;

@@ -21,25 +21,39 @@ from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.masks.memory import lines_in_memory
 from nm_sparsity.core.pattern import NMPattern, Placement
 
+_PLAIN = (torch.nn.Parameter, Tensor)
+# Bound once: every read of a sparse weight asks.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracer = torch._C._get_tracing_state
+
 
 def keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None = None) -> Tensor:
     """`w` with all but the `n` largest of every `m` entries along `axis` set to +0, rounded to `dtype` if one is given.
 
     Gradients pass straight through, to dropped entries too (Bengio et al., arXiv 1308.3432), in `w`'s dtype.
     """
-    masked: Any = torch.ops.nm_sparsity.keep_largest
-    if _is_plain(w):
-        masked = _StraightThrough.apply if w.requires_grad and torch.is_grad_enabled() else _keep_largest
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        masked = _Transformable.apply
+    if is_plain(w):
+        return straight_through(w, _keep_largest(w.detach(), n, m, axis, dtype))
+    watched = _transforms_active() or forward_ad._current_level >= 0
+    masked: Any = _Transformable.apply if watched else torch.ops.nm_sparsity.keep_largest
     result: Tensor = masked(w, n, m, axis, dtype)
     return result
+
+
+def straight_through(w: Tensor, value: Tensor) -> Tensor:
+    """`value`, made of `w` without autograd, with a gradient that goes to all of `w` (Bengio et al., arXiv 1308.3432).
+
+    A plain tensor with a version counter of its own.
+    """
+    return StraightThrough.apply(w, value) if w.requires_grad and torch.is_grad_enabled() else value
 
 
 def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     """Boolean mask of what `keep_largest` keeps."""
     w = w.detach()
-    return _nm_mask(w, n, m, axis) if _is_plain(w) else torch.ops.nm_sparsity.nm_mask(w, n, m, axis)
+    return _nm_mask(w, n, m, axis) if is_plain(w) else torch.ops.nm_sparsity.nm_mask(w, n, m, axis)
 
 
 def keep_largest_many(
@@ -49,16 +63,16 @@ def keep_largest_many(
     return torch.ops.nm_sparsity.keep_largest_many(list(ws), n, m, list(axes), dtype)
 
 
-def _is_plain(w: Tensor) -> bool:
+def is_plain(w: Tensor) -> bool:
     """Whether nothing but autograd watches: no tracer, mode, transform or tensor subclass, and `w` has memory."""
     return (
-        not torch.compiler.is_compiling()
-        and type(w) in (Tensor, torch.nn.Parameter)
-        and not w.is_meta
-        and not torch._C._are_functorch_transforms_active()
+        type(w) in _PLAIN
+        and not _is_compiling()
+        and not _dispatch_modes()
+        and not _transforms_active()
         and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and _tracer() is None
+        and not w.is_meta
     )
 
 
@@ -138,18 +152,21 @@ def _visible_to_compilers(mode: Any, op: Any, types: Any, args: Any, kwargs: Any
         return out
 
 
-class _StraightThrough(torch.autograd.Function):
-    """`keep_largest` of a plain tensor: a tenth of what autograd through an op costs."""
+class StraightThrough(torch.autograd.Function):
+    """A value made of `w` without autograd, whose gradient goes to all of `w`: a tenth of what autograd through an op
+    costs."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None) -> Tensor:
-        return _keep_largest(w, n, m, axis, dtype)
+    def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
 
-    backward = staticmethod(_straight_through)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _Transformable(torch.autograd.Function):
-    """`keep_largest` with what neither an op nor `_StraightThrough` has: forward-mode derivatives and vmap."""
+    """`keep_largest` with what neither an op nor `StraightThrough` has: forward-mode derivatives and vmap."""
 
     @staticmethod
     def forward(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None) -> Tensor:

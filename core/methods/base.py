@@ -69,7 +69,7 @@ class Step:
     """False where the learning rate is 0: no memory of a method should begin with such a step."""
 
 
-@dataclass
+@dataclass(slots=True)  # every read of a weight looks into it
 class WeightState:
     """What makes one weight sparse: its pattern, its reduction dimensions, its method, and the method's memory."""
 

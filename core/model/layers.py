@@ -17,23 +17,19 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.masks.ops import is_plain, straight_through
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import bank
-from nm_sparsity.core.model.write_through import WriteThrough, hand_out, straight_through
+from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _live: dict[int, ref[SparseLayer]] = {}
-_PLAIN = (nn.Parameter, Tensor)
 _tracing_graph = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_transforms = torch._C._are_functorch_transforms_active
-_tracer = torch._C._get_tracing_state
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
 _WRAPPERS = {id(unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
@@ -194,13 +190,11 @@ def _rebuild(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _property(name: str) -> property:
     def get(layer: SparseLayer) -> Any:
-        parameters = layer._parameters
-        if name in parameters:
-            w = parameters[name]
-        elif name in layer.__dict__:
+        w = layer._parameters.get(name)
+        if w is None and name not in layer._parameters:
+            if name not in layer.__dict__:
+                raise AttributeError(f"{type(layer).__name__} has no {name}: something took its parameter away")
             w = layer.__dict__[name]
-        else:
-            raise AttributeError(f"{type(layer).__name__} has no {name}: something took its parameter away")
         state = layer.nm_weights.get(name)
         if w is None or state is None or layer._nm_raw:
             return w
@@ -229,22 +223,13 @@ def _not_replaced(layer: SparseLayer, name: str) -> SparsityError:
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
-    plain = type(w) in _PLAIN
-    if not plain and isinstance(w, DTensor):
+    if type(w) is DTensor:
         return _sharded(layer, name, w, state)
     dtype = bank.computed_dtype(w)
     if _tracing_graph():
         traced = bank.value_in_trace(w, dtype)
         return _differentiable(w, state, dtype) if traced is None else straight_through(w, traced)
-    # Function transforms, tracers and modes see nothing but operations.
-    if (
-        not plain
-        or _dispatch_modes()
-        or _function_transforms()
-        or forward_ad._current_level >= 0
-        or _tracer() is not None
-        or w.is_meta
-    ):
+    if not is_plain(w):  # who watches sees nothing but operations
         return _differentiable(w, state, dtype)
     if state.lost:
         state.lost = False

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_sparsity.core.masks.ops import StraightThrough
 from nm_sparsity.core.methods import WeightState
 
 _set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
@@ -32,6 +33,7 @@ class WriteThrough(Tensor):
     """A masked weight whose writes go to the shadow weight."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __slots__ = ("origin",)
 
     origin: tuple[Tensor, WeightState]
     """The shadow weight and its state."""
@@ -138,25 +140,10 @@ for _name in dir(Tensor):
         setattr(WriteThrough, _name, _sends(_name))
 
 
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _WatchedStraightThrough(_StraightThrough):
+class _WatchedStraightThrough(StraightThrough):
     @staticmethod
     def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
         return Tensor._make_subclass(_Watched, value)
-
-
-def straight_through(w: Tensor, value: Tensor) -> Tensor:
-    """`value`, whose gradient goes to all of `w`: a plain tensor, with a version counter of its own."""
-    return _StraightThrough.apply(w, value)
 
 
 def hand_out(value: Tensor, origin: tuple[Tensor, WeightState], watched: bool) -> WriteThrough:

@@ -78,7 +78,7 @@ class Trained:
             raise SparsityError(
                 f"{path} is of the model {found.model}, which is code: say that it may run with --model {found.model}"
             )
-        if metadata is not None:
+        if metadata is not None and metadata.method != "dense":
             verify(payload)
         names = payload.get(CLASSES) if METADATA in payload else None
         return cls(path, payload, state, metadata, found, tuple(map(str, names)) if names else None)

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from nm_sparsity.core.errors import SparsityError
 
@@ -40,7 +40,7 @@ class NMPattern:
         """
         if isinstance(text, NMPattern):
             return text
-        match = re.fullmatch(r"(\d+):(\d+)", text) if isinstance(text, str) else None
+        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text) if isinstance(text, str) else None
         if match is None:
             raise SparsityError(f'pattern "{text}" is not of the form N:M; write e.g. "2:4" to keep 2 of every 4')
         return cls(int(match[1]), int(match[2]))
@@ -68,6 +68,23 @@ class Placement(NamedTuple):
 
     pattern: NMPattern
     dims: tuple[int, ...]
+
+    @property
+    def plain(self) -> tuple[str, list[int]]:
+        """As text and numbers, for files."""
+        return str(self.pattern), list(self.dims)
+
+    @classmethod
+    def from_plain(cls, value: Any) -> Placement:
+        """The placement that `plain` gave.
+
+        Raises:
+            ValueError or TypeError: if `value` is anything else.
+        """
+        pattern, dims = value
+        if not dims or not all(type(d) is int and d >= 0 for d in dims) or len(set(dims)) < len(dims):
+            raise ValueError(f"{dims!r} are no dimensions")
+        return cls(NMPattern.parse(pattern), tuple(dims))
 
 
 Table = dict[str, Placement]

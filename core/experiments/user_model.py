@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -25,7 +27,7 @@ def parse_arguments(text: str) -> Arguments:
     """
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, list | dict):
         raise SparsityError(f"--args takes a JSON list or object, [10] or {{\"classes\": 10}}, found '{text}'")
@@ -42,7 +44,8 @@ def build(name: str, arguments: Arguments = ()) -> nn.Module:
     """
     module, _, function = name.partition(":")
     if function:
-        return _call(name, module, function, arguments)
+        with _user_code(name):
+            return _make(name, getattr(importlib.import_module(module), function), arguments)
     try:
         from torchvision.models import get_model, get_model_builder, list_models
     except ImportError as error:
@@ -53,12 +56,11 @@ def build(name: str, arguments: Arguments = ()) -> nn.Module:
             f'unknown model "{name}"; torchvision has {", ".join(close[:8])} ...; '
             "for a model of your own write package.module:function"
         )
+    builder = get_model_builder(name)
     # Detectors would otherwise fetch a pretrained backbone.
-    takes = signature(get_model_builder(name)).parameters
-    untrained = dict.fromkeys({"weights", "weights_backbone"} & set(takes))
-    positional, named = _split(arguments)
-    model: nn.Module = get_model(name, *positional, **{**untrained, **named})
-    return model
+    untrained = dict.fromkeys({"weights", "weights_backbone"} & set(signature(builder).parameters))
+    with _user_code(name):
+        return _make(name, partial(builder, **untrained), arguments)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -76,19 +78,23 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def _split(arguments: Arguments) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    return ((), arguments) if isinstance(arguments, Mapping) else (arguments, {})
-
-
-def _call(name: str, module: str, function: str, arguments: Arguments) -> nn.Module:
-    positional, named = _split(arguments)
+@contextmanager
+def _user_code(name: str) -> Iterator[None]:
+    """A block that runs code of the user's, with the current folder importable; whatever it raises is one error."""
     sys.path.insert(0, "")
     try:
-        model = getattr(importlib.import_module(module), function)(*positional, **named)
-    except Exception as error:  # Whatever a user's own code raises.
+        yield
+    except SparsityError:
+        raise
+    except (Exception, SystemExit) as error:
         raise SparsityError(f'cannot build "{name}": {error}') from error
     finally:
         sys.path.remove("")
+
+
+def _make(name: str, function: Callable[..., Any], arguments: Arguments) -> nn.Module:
+    positional, named = ((), arguments) if isinstance(arguments, Mapping) else (arguments, {})
+    model = function(*positional, **named)
     if not isinstance(model, nn.Module):
         raise SparsityError(f'"{name}" returned {type(model).__name__}, expected a torch.nn.Module')
     return model

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nm_sparsity.core import masks
-from nm_sparsity.core.errors import CheckpointError, SparsityError
-from nm_sparsity.core.files.metadata import Metadata, strip_prefix
+from nm_sparsity.core.errors import CheckpointError
+from nm_sparsity.core.files.metadata import DAMAGE, Metadata, read_state, strip_prefix
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import record
 from nm_sparsity.core.model.layers import sparse_weights
@@ -56,22 +56,15 @@ def merge(state_dict: Mapping[str, Any], metadata: Metadata | Mapping[str, Any])
         CheckpointError: if the two parts do not belong together.
     """
     state, metadata = dict(state_dict), Metadata.from_dict(metadata)
+    metadata.check_fits(state)
     for name, dropped in metadata.dropped.items():
-        if not isinstance(state.get(name), Tensor) or name not in metadata.layers:
-            raise CheckpointError(f"the checkpoint holds dropped values of {name}, but no such sparse weight")
-        try:
-            gaps = ~masks.nm_mask(state[name], *metadata.layers[name])
-        except (SparsityError, IndexError) as error:
-            raise CheckpointError(f"the checkpoint's table of sparse weights does not fit {name}: {error}") from error
+        gaps = ~masks.nm_mask(state[name], *metadata.layers[name])
         if int(gaps.sum()) != dropped.numel():
             raise CheckpointError(f"{name} has {int(gaps.sum())} dropped weights, the file {dropped.numel()} values")
         shadow = state[name].clone()
         shadow[gaps] = dropped.to(shadow)
         state[name] = shadow
-    for alias, name in metadata.tied.items():
-        if name not in state:
-            raise CheckpointError(f"the checkpoint ties {alias} to {name}, which it does not hold")
-        state[alias] = state[name]
+    state.update({alias: state[name] for alias, name in metadata.tied.items()})
     return state
 
 
@@ -163,12 +156,18 @@ def _check_sparsity_state(
             raise CheckpointError(f"the method's state names {name}, which is not a sparse weight of this model")
         if missing := {"lr_sum", "preconditioned", "state"} - set(memory):
             raise CheckpointError(f"the method's state of {name} lacks {', '.join(sorted(missing))}")
-        if not isinstance(memory["state"], Mapping):
-            raise CheckpointError(f"the method's state of {name} is {type(memory['state']).__name__}, not a mapping")
+        try:
+            read_state({name: memory})
+        except DAMAGE as error:
+            raise CheckpointError(f"the method's state of {name} is not what sparsity_state returns") from error
         shape = weights[name][0].shape
         for key, value in memory["state"].items():
-            if isinstance(value, Tensor) and value.dim() == len(shape) and value.shape != shape:
-                raise CheckpointError(f"the {key} of {name} has shape {tuple(value.shape)}, the weight {tuple(shape)}")
+            if isinstance(value, Tensor) and (
+                value.is_meta or value.layout is not torch.strided or value.shape not in (shape, ())
+            ):
+                raise CheckpointError(
+                    f"the {key} of {name} has shape {tuple(value.shape)}, the weight {tuple(shape)}: it is of another"
+                )
     return weights
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
+import re
+import secrets
+import socket
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,18 +33,22 @@ def save(path: str | Path, payload: object) -> None:
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the place of `path` when the block is done: temporary file, fsync, rename.
 
+    Where `path` is a link, the file that it points to is replaced. Temporary files that processes of this machine left
+    in the folder when they were killed are removed.
+
     Raises:
         CheckpointError: if the disk is full or the folder not writable; a file that was there before stays.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f"{_TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target.parent)
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as error:
         # torch reports a failed write as a RuntimeError of its zip writer.
         raise CheckpointError(f"could not write {path} ({error}); the previous file, if any, is unchanged") from error
@@ -50,19 +57,48 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+_TEMPORARY = f".nm_sparsity.{socket.gethostname()}."
+"""How the names of temporary files begin: a process is known by its number only on its own machine."""
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove the temporary files of processes that are no more."""
+    for name in os.listdir(folder):
+        found = name.startswith(_TEMPORARY) and re.fullmatch(r"(\d+)\.[0-9a-f]+\.tmp", name.removeprefix(_TEMPORARY))
+        if found and not _is_alive(int(found[1])):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # Signal 0 only asks.
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 def load(path: str | Path) -> Any:
     """What `save` or any ``torch.save`` of tensors and plain containers wrote, on the CPU.
 
+    A file is read once more than torch does it, for the checksums that lie in it (a second for each 2 GB or so): torch
+    itself would load one with a flipped bit.
+
     Raises:
-        CheckpointError: if the file is missing, truncated, foreign, or would run code.
+        CheckpointError: if the file is missing, truncated, damaged, foreign, or would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
+        if zipfile.is_zipfile(path):
+            _check_sums(path)
         # Foreign files may be of another pickle protocol, which torch warns about.
         with warnings.catch_warnings(action="ignore", category=UserWarning):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "class" in str(error):
             raise CheckpointError(
@@ -70,5 +106,15 @@ def load(path: str | Path) -> Any:
                 'it; save only a state dict, e.g. torch.save({"state_dict": model.state_dict()}, path)'
             ) from error
         raise CheckpointError(f"{path} is not a PyTorch checkpoint") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's reader answers damage with whatever it stumbles over.
         raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Compare every entry of a zip file with its CRC-32, which also finds what is wrong with names and sizes."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise CheckpointError(
+                f"{path} is damaged: its entry {damaged} does not have the checksum that it was written with; "
+                "take another copy or an earlier checkpoint"
+            )

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nm_sparsity.core.errors import CheckpointError
+from nm_sparsity.core.masks.groups import reduction_size
 from nm_sparsity.core.model import record
-from nm_sparsity.core.pattern import NMPattern, Placement, Table
+from nm_sparsity.core.pattern import Placement, Table
 
 METADATA = "nm_sparsity"
 """The key of this entry in every checkpoint file of ours, beside the state dict."""
 
 FORMAT = 1
 """The format that is written. Older ones are read; a newer one is refused."""
+
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What reading an entry that is not of the expected kind ends in."""
 
 _PREFIXES = ("module.", "_orig_mod.")
 
@@ -57,7 +64,7 @@ class Metadata:
                 return default[0]
             try:
                 return convert(raw[key])
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+            except DAMAGE as error:
                 found = f"{key} is {_brief(raw[key])}" if key in raw else f"it lacks {key}"
                 raise CheckpointError(f'the entry "{METADATA}" of {where} is damaged: {found}') from error
 
@@ -71,15 +78,34 @@ class Metadata:
             method=read("method", _of(str)),
             hyperparameters=read("hyperparameters", _dict_of(_anything)),
             layout=read("layout", _of(str)),
-            layers=read("layers", _dict_of(_placement)),
+            layers=read("layers", _dict_of(Placement.from_plain)),
             dropped=read("dropped", _dict_of(_of(Tensor)), {}),
             tied=read("tied", _dict_of(_of(str)), {}),
-            state=read("state", _dict_of(_dict_of(_anything)), {}),
+            state=read("state", read_state, {}),
         )
+
+    def check_fits(self, state: Mapping[str, Any], where: str | Path = "the checkpoint") -> None:
+        """Check that the table and the dropped values are of weights in the state dict `state`.
+
+        Raises:
+            CheckpointError: naming the first one that is missing, or to which its pattern cannot apply.
+        """
+        for name, placement in self.layers.items():
+            if reason := why_not_placed(state.get(name), placement):
+                raise CheckpointError(f"the table of sparse weights in {where} does not fit {name}: {reason}")
+        for name, values in self.dropped.items():
+            if name not in self.layers:
+                raise CheckpointError(f"{where} holds dropped values of {name}, but no such sparse weight")
+            if values.dim() != 1 or why_not_counted(values):
+                found = why_not_counted(values) or f"they have shape {tuple(values.shape)}"
+                raise CheckpointError(f"the dropped values of {name} in {where} are damaged: {found}")
+        for alias, name in self.tied.items():
+            if name not in state:
+                raise CheckpointError(f"{where} ties {alias} to {name}, which it does not hold")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers of tensors, numbers and text, as files hold them."""
-        layers = {name: (str(pattern), list(dims)) for name, (pattern, dims) in self.layers.items()}
+        layers = {name: placement.plain for name, placement in self.layers.items()}
         entry = {
             "format": FORMAT,
             "method": self.method,
@@ -95,6 +121,38 @@ class Metadata:
         return replace(self, dropped={}, tied={}, state={})
 
 
+def why_not_placed(value: Any, placement: Placement) -> str:
+    """Why groups of a placement cannot lie in what a state dict holds under a name; empty if they can."""
+    if not isinstance(value, Tensor):
+        return "it is not in the state dict" if value is None else f"it is {type(value).__name__}, not a tensor"
+    if max(placement.dims) >= value.dim():
+        return f"it has shape {tuple(value.shape)} and no dimension {max(placement.dims)}"
+    size = reduction_size(value.shape, placement.dims)
+    if size % placement.pattern.m:
+        return f"its reduction size {size} is not a multiple of {placement.pattern.m}"
+    return why_not_counted(value)
+
+
+def why_not_counted(value: Tensor) -> str:
+    """Why a tensor's zeros cannot be counted; empty if they can."""
+    if value.is_meta:
+        return "it is on the meta device and has no values"
+    if value.layout is not torch.strided:
+        return f"it is stored as {value.layout}, not densely"
+    if not value.dtype.is_floating_point or value.element_size() < 2:
+        return f"{value.dtype}: masks need fp64, fp32, bf16 or fp16"
+    return ""
+
+
+def read_state(raw: Any) -> dict[str, dict[str, Any]]:
+    """What `sparsity_state` returned, checked.
+
+    Raises:
+        one of `DAMAGE`: if it is not that.
+    """
+    return _dict_of(_memory)(raw)
+
+
 def find_parts(payload: Any, path: str | Path) -> tuple[dict[str, Any], Metadata | None]:
     """The state dict and, if it is one of ours, the metadata in what a checkpoint file of any engine held.
 
@@ -108,10 +166,25 @@ def find_parts(payload: Any, path: str | Path) -> tuple[dict[str, Any], Metadata
         clean = strip_prefix if metadata is None else dict  # our own names are the model's
         for key in ("state_dict", "model"):
             if isinstance(payload.get(key), Mapping):
-                return clean(payload[key]), metadata
+                return _checked(clean(_named(payload[key], path)), metadata, path)
         if any(isinstance(value, Tensor) for value in payload.values()):
-            return clean({k: v for k, v in payload.items() if k != METADATA}), metadata
+            state = {name: value for name, value in payload.items() if name != METADATA}
+            return _checked(clean(_named(state, path)), metadata, path)
     raise CheckpointError(f'{path} holds no state dict: neither names of tensors nor a "state_dict" or "model" entry')
+
+
+def _named(state: Mapping[Any, Any], path: str | Path) -> Mapping[str, Any]:
+    if wrong := next((name for name in state if not isinstance(name, str)), None):
+        raise CheckpointError(f"{path} holds no state dict: {wrong!r} is no name of a tensor")
+    return state
+
+
+def _checked(
+    state: dict[str, Any], metadata: Metadata | None, path: str | Path
+) -> tuple[dict[str, Any], Metadata | None]:
+    if metadata is not None:
+        metadata.check_fits(state, path)
+    return state, metadata
 
 
 def strip_prefix(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,9 +196,9 @@ def strip_prefix(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _of(kind: type) -> Callable[[Any], Any]:
+def _of(*kinds: type) -> Callable[[Any], Any]:
     def convert(value: Any) -> Any:
-        if not isinstance(value, kind):
+        if not isinstance(value, kinds):
             raise TypeError
         return value
 
@@ -152,13 +225,16 @@ def _dict_of(convert: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
     return lambda value: {_of(str)(name): convert(entry) for name, entry in value.items()}
 
 
-def _placement(value: Any) -> Placement:
-    pattern, dims = value
-    if not dims or min(map(_whole_number, dims)) < 0:
+def _memory(value: Any) -> dict[str, Any]:
+    if isinstance(value["lr_sum"], bool) or not math.isfinite(value["lr_sum"]):
         raise ValueError
-    return Placement(NMPattern.parse(pattern), tuple(dims))
+    return {
+        "lr_sum": float(value["lr_sum"]),
+        "preconditioned": _of(bool)(value["preconditioned"]),
+        "state": _dict_of(_of(Tensor, int, float, str))(value["state"]),
+    }
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value)  # of any size and depth
     return f"{type(value).__name__} {text if len(text) < 60 else text[:57] + '...'}"

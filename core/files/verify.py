@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,14 @@ from torch import Tensor, nn
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import SparsityError, VerificationError
-from nm_sparsity.core.files.io import load
-from nm_sparsity.core.files.metadata import find_parts
-from nm_sparsity.core.masks.groups import reduction_size
+from nm_sparsity.core.files.contents import read, weights_of_model
+from nm_sparsity.core.files.metadata import Metadata
+from nm_sparsity.core.files.weights import Weight
 from nm_sparsity.core.model import record
-from nm_sparsity.core.model.candidates import candidates, dims_by_shape, reduction_dims, why_not_pattern
 from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.model.rules import Rules
 from nm_sparsity.core.model.wrappers import unwrap
-from nm_sparsity.core.pattern import NMPattern, Placement, Table
+from nm_sparsity.core.pattern import NMPattern, Placement
 from nm_sparsity.core.table import format_table
 
 
@@ -70,112 +69,127 @@ def verify(
     pattern: str | NMPattern | None = None,
     layout: str = "channel",
     exclude: Iterable[str] = (),
+    *,
+    include: Iterable[str] = (),
+    patterns: Mapping[str, str] | None = None,
 ) -> Verification:
     """Check that every weight that should be N:M is, exactly.
 
-    Which ones should be is read from the table that `sparsify` left on the model or our checkpoints carry. A model or
-    file without a table is checked on all its eligible weights (a file: on tensors of two or more dimensions whose
-    reduction size fits) against `pattern` along `layout`.
+    Which ones should be is read from the table that `sparsify` left on the model or our checkpoints carry. Without one
+    all eligible weights are checked: a model's layers, also those of a Hugging Face folder; the initialisers that an
+    ONNX model multiplies by; of other files the tensors of two or more dimensions, taken for (out, in, *kernel), but
+    for those whose names say that they are embeddings.
 
     Args:
-        target: a finalized model, a state dict, or a checkpoint file of any engine.
-        pattern: what the weights are expected to be; needed where there is no table, and compared with it where
-            there is one.
+        target: a finalized model; a state dict or a checkpoint's payload; a checkpoint or safetensors file of any
+            engine, a packed file of ours, a folder of Hugging Face's ``save_pretrained``, or an ONNX file.
+        pattern: what the weights are expected to be; needed where there is no table. Where there is one, every pattern
+            in it must imply this one, as 1:4 and 2:8 imply 2:4.
         layout: how groups lie where there is no table.
-        exclude: globs of weights that are meant to be dense where there is no table, as in `sparsify`.
+        exclude: globs of weights that are meant to be dense, as in `sparsify`; only where there is no table.
+        include: globs of the weights that are meant to be sparse; only where there is no table.
+        patterns: glob -> pattern, or ``"dense"``, of weights that differ; only where there is no table.
 
     Returns:
-        The table of what was checked and what was skipped.
+        The table of what was checked and what was skipped; something was checked.
 
     Raises:
-        VerificationError: with the table of violating weights, or if the model is not finalized or of another pattern.
+        VerificationError: with the table of violating weights; if no weight was checked; if the model is not finalized
+            or its pattern does not imply `pattern`.
         CheckpointError: if the file cannot be read.
+        SparsityError: for a malformed argument, or a glob that matches nothing or meets a table.
     """
     expected = None if pattern is None else NMPattern.parse(pattern)
-    rules = Rules.parse(expected or "2:4", layout, (), exclude, {}, "dense")
+    rules = Rules.parse(expected or "2:4", layout, include, exclude, patterns or {}, "dense")
     if isinstance(target, nn.Module):
-        checks = list(_of_model(unwrap(target), expected, rules))
+        where, checks = _of_model(unwrap(target), expected, rules)
     else:
-        checks = list(_of_file(target, expected, rules))
+        where, checks = _of_file(target, expected, rules)
     result = Verification(tuple(checks))
     if bad := result.violating:
         raise VerificationError(
             f"{len(bad)} of {len(result.checked)} weights break their pattern:\n{Verification(tuple(bad))}"
         )
+    if not result.checked:
+        reasons = "; ".join(f"{check.name}: {check.skipped}" for check in result.checks[:3])
+        more = f" ... ({len(result.checks)} in all)" if len(result.checks) > 3 else ""
+        raise VerificationError(
+            f"no weight of {where} was checked, so nothing is verified: {reasons or 'it has none'}{more}"
+        )
     return result
 
 
-def _of_model(model: nn.Module, expected: NMPattern | None, rules: Rules) -> Iterator[Check]:
+def _of_model(model: nn.Module, expected: NMPattern | None, rules: Rules) -> tuple[str, list[Check]]:
+    where = type(model).__name__
     if any(True for _ in sparse_layers(model)):
         raise VerificationError(
-            f"{type(model).__name__} is not finalized: its parameters are the dense shadow weights; "
+            f"{where} is not finalized: its parameters are the dense shadow weights; "
             "call finalize(model) first (on a copy.deepcopy to go on training)"
         )
     if any(True for _ in record.records(model)):
-        dense = all(r.method == "dense" for _, r in record.records(model))
-        yield from _by_table(
-            model.state_dict(), {**record.lost(model), **record.table(model)}, expected, type(model).__name__, dense
+        metadata = Metadata.of(model)
+        metadata = replace(metadata, layers={**record.lost(model), **metadata.layers})
+        state = model.state_dict()
+        if missing := [name for name in metadata.layers if name not in state]:
+            raise VerificationError(f"{where} lacks the weight {missing[0]} that its table of sparse weights names")
+        metadata.check_fits(state, where)
+        return where, _by_table(state, metadata, expected, rules, where)
+    if expected is None:
+        raise SparsityError(f'{where} was never sparsified; give verify a pattern, e.g. "2:4"')
+    return where, _by_rules(weights_of_model(model, rules.layout), rules)
+
+
+def _of_file(
+    target: Mapping[str, Any] | str | Path, expected: NMPattern | None, rules: Rules
+) -> tuple[str, list[Check]]:
+    contents = read(target)
+    if contents.metadata is not None:
+        return contents.where, _by_table(contents.state, contents.metadata, expected, rules, contents.where)
+    if expected is None:
+        raise SparsityError(
+            f"{contents.where} carries no table of sparse weights; give a pattern to check against, e.g. 2:4"
         )
-        return
-    if expected is None:
-        raise SparsityError(f'{type(model).__name__} was never sparsified; give verify a pattern, e.g. "2:4"')
-    for candidate in candidates(model):
-        name, module, shape = candidate.names[0], candidate.owners[0][1], tuple(candidate.param.shape)
-        dims = reduction_dims(module, len(shape), rules.layout)
-        reason = candidate.why_not or rules.choose(name)[1] or why_not_pattern(module, shape, expected, dims)
-        yield _skip(name, reason) if reason else _check(name, candidate.param, Placement(expected, dims))
-
-
-def _of_file(target: Mapping[str, Any] | str | Path, expected: NMPattern | None, rules: Rules) -> Iterator[Check]:
-    where = "the state dict" if isinstance(target, Mapping) else str(target)
-    payload = target if isinstance(target, Mapping) else load(target)
-    state, metadata = find_parts(payload, where)
-    if metadata is not None:
-        yield from _by_table(state, metadata.layers, expected, where, metadata.method == "dense")
-        return
-    if expected is None:
-        raise SparsityError(f"{where} carries no table of sparse weights; give a pattern to check against, e.g. 2:4")
-    for name, placement, reason in placements_by_shape(state, rules):
-        yield _check(name, state[name], placement) if placement else _skip(name, reason)
-
-
-def placements_by_shape(state: Mapping[str, Any], rules: Rules) -> Iterator[tuple[str, Placement | None, str]]:
-    """(name, placement or None, why not) of every tensor of two or more dimensions, of whose layer nothing is known."""
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dim() < 2:
-            continue
-        pattern, reason = rules.choose(name)
-        dims = dims_by_shape(value.dim(), rules.layout)
-        size = reduction_size(value.shape, dims)
-        if pattern is None:
-            yield name, None, reason
-        elif not value.dtype.is_floating_point:
-            yield name, None, f"{value.dtype}: not floating point"
-        elif size % pattern.m:
-            yield name, None, f"reduction size {size} is not divisible by {pattern.m}"
-        else:
-            yield name, Placement(pattern, dims), ""
+    return contents.where, _by_rules(contents.weights(rules.layout), rules)
 
 
 def _by_table(
-    state: Mapping[str, Any], table: Table, expected: NMPattern | None, where: str, dense: bool
-) -> Iterator[Check]:
-    if not table and not dense:
+    state: Mapping[str, Any], metadata: Metadata, expected: NMPattern | None, rules: Rules, where: str
+) -> list[Check]:
+    refuse_globs(rules, where)
+    if not metadata.layers and metadata.method == "dense":
+        raise VerificationError(f"{where} has no sparse weight: it was trained dense")
+    if not metadata.layers:
         raise VerificationError(f"{where} has no sparse weight: sparsify found none that it could convert")
-    patterns = {placement.pattern for placement in table.values()}
-    if expected is not None and table and expected not in patterns:
-        found = ", ".join(map(str, sorted(patterns)))
-        raise VerificationError(f"{where} was sparsified at {found}, not at {expected}")
-    for name, placement in table.items():
-        if name not in state:
-            raise VerificationError(f"{where} lacks the weight {name} that its table of sparse weights names")
-        yield _check(name, state[name], placement)
+    other = {name: found for name, (found, _) in metadata.layers.items() if expected and not found.implies(expected)}
+    if other:
+        found, (first, *more) = ", ".join(map(str, sorted(set(other.values())))), other
+        raise VerificationError(
+            f"{where} was sparsified at {found}, which is not {expected}: {first}"
+            + (f" and {len(more)} more" if more else "")
+        )
+    return [_check(name, state[name], placement) for name, placement in metadata.layers.items()]
+
+
+def _by_rules(weights: Iterable[Weight], rules: Rules) -> list[Check]:
+    weights = list(weights)
+    rules.check_globs([weight.name for weight in weights])
+    checks = []
+    for weight in weights:
+        placement, reason = weight.placement(rules)
+        checks.append(
+            _check(weight.name, weight.value, placement) if placement else Check(weight.name, "dense", 0, 0, reason)
+        )
+    return checks
+
+
+def refuse_globs(rules: Rules, where: str) -> None:
+    """Raise a `SparsityError` if globs were given for a file called `where`, whose table says what is sparse."""
+    if not rules.is_plain:
+        raise SparsityError(
+            f"{where} carries a table of its sparse weights; include, exclude and patterns are for files without one"
+        )
 
 
 def _check(name: str, w: Tensor, placement: Placement) -> Check:
     pattern, dims = placement
     return Check(name, str(pattern), masks.group_count(w, pattern), masks.count_violations(w, pattern, dims))
-
-
-def _skip(name: str, reason: str) -> Check:
-    return Check(name, "dense", 0, 0, reason)

@@ -117,10 +117,14 @@ def dims_by_shape(weight_dims: int, layout: Layout) -> tuple[int, ...]:
 
 def why_not_pattern(module: nn.Module, shape: tuple[int, ...], pattern: NMPattern, dims: tuple[int, ...]) -> str:
     """Why a weight of this shape in `module` cannot have `pattern` along `dims`; empty if it can."""
-    size = reduction_size(shape, dims)
-    if isinstance(module, _TRANSPOSED):
-        # A group must not span two convolution groups, whose input channels follow each other in dimension 0.
-        size //= module.groups
+    size = run_length(module, shape, dims)
     if size % pattern.m:
         return f"reduction size {size} is not divisible by {pattern.m}"
     return ""
+
+
+def run_length(module: nn.Module, shape: tuple[int, ...], dims: tuple[int, ...]) -> int:
+    """How many entries of a weight of this shape in `module` follow each other along `dims`: what M must divide."""
+    size = reduction_size(shape, dims)
+    # A group must not span two convolution groups, whose input channels follow each other in dimension 0.
+    return size // module.groups if isinstance(module, _TRANSPOSED) else size

@@ -28,8 +28,9 @@ class Record:
 
 
 def attach(model: nn.Module, record: Record) -> None:
-    """Put `record` on `model`."""
-    model.__dict__["_nm_record"] = record
+    """Put `record` on `model`, as plain containers: a finalized model that is pickled whole needs nothing of ours."""
+    table = None if record.table is None else {name: placement.plain for name, placement in record.table.items()}
+    model.__dict__["_nm_record"] = {**vars(record), "table": table}
 
 
 def detach(model: nn.Module) -> None:
@@ -40,8 +41,11 @@ def detach(model: nn.Module) -> None:
 
 def of(module: nn.Module) -> Record | None:
     """The record on this very module."""
-    found: Record | None = module.__dict__.get("_nm_record")
-    return found
+    found = module.__dict__.get("_nm_record")
+    if found is None:
+        return None
+    table = found["table"] and {name: Placement.from_plain(plain) for name, plain in found["table"].items()}
+    return Record(**{**found, "table": table})
 
 
 def records(model: nn.Module) -> Iterator[tuple[str, Record]]:

@@ -64,6 +64,16 @@ class Rules:
             return None, "not included"
         return self.pattern, ""
 
+    def names(self, name: str) -> bool:
+        """Whether a glob asks for the weight `name` to be sparse."""
+        globs = (*self.include, *(glob for glob, pattern in self.patterns if pattern))
+        return any(_matches(glob, name) for glob in globs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no glob is given."""
+        return not (self.include or self.exclude or self.patterns)
+
     def check_globs(self, names: list[str]) -> None:
         """Raise a `SparsityError` for a glob that matches none of the weights `names`."""
         for glob in (*self.include, *self.exclude, *(glob for glob, _ in self.patterns)):

@@ -1,12 +1,15 @@
 """Checkpoints: sparse as they stand, bit for bit on resume, atomic, and safe to open."""
 
+import contextlib
 import copy
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nm_sparsity.core import CheckpointError, finalize, load_sparsity_state, sparsify, sparsity_state, verify
+from nm_sparsity.core import (
+    CheckpointError,
+    SparsityError,
+    finalize,
+    load_sparsity_state,
+    sparsify,
+    sparsity_state,
+    verify,
+)
 from nm_sparsity.core.files.checkpoint import merge, restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
@@ -34,6 +45,14 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     net(torch.randn(4, 8, 3, 3)).square().sum().backward()
     optimizer.step()
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return bool(a == b)
 
 
 def file_of(net: nn.Module, path: Path) -> Path:
@@ -205,6 +224,100 @@ def test_saving_keeps_the_old_file_when_the_disk_is_full(tmp_path: Path, monkeyp
         save(path, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path], "no temporary file stays behind"
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path: Path) -> None:
+    """Bits that carry nothing apart: what loads is what was saved."""
+    path = file_of(make(), tmp_path / "whole.pt")
+    content, whole = path.read_bytes(), load(path)
+    refused = 0
+    for at in range(0, len(content), 23):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        try:
+            found = load(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert same(found, whole)
+    assert refused > len(content) / 23 / 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_metadata_of_any_shape_is_one_error_or_does_no_harm(data: st.DataObject) -> None:
+    """Any entry replaced by anything, at any depth: refused before anything changes, by restore as by verify."""
+    net, other = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    for model in (net, other):
+        sparsify(model, "2:4", method="asp")
+    net(torch.ones(1, 4)).sum().backward()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+    state, metadata = split(net)
+    metadata = copy.deepcopy(metadata)
+    plain = st.recursive(
+        st.one_of(
+            st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3),
+            st.sampled_from(["2:4", "1:4", "9:8", "0.weight", "9.weight", torch.zeros(3), torch.zeros(4, 8), 10**400]),
+            st.sampled_from([torch.ones(2, device="meta"), torch.eye(4).to_sparse(), 3j, b"x", torch.zeros(()), -1]),
+        ),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2) | st.integers(), inner),
+        max_leaves=4,
+    )  # fmt: skip
+    where: Any = metadata
+    while True:
+        key = data.draw(st.sampled_from(list(where) if isinstance(where, dict) else list(range(len(where)))))
+        inner = where[key]
+        if not isinstance(inner, dict | list) or not inner or data.draw(st.integers(0, 2)) == 0:
+            break
+        where = inner
+    if isinstance(where, dict) and data.draw(st.booleans()):
+        where[data.draw(st.sampled_from(["0.weight", "9", "layers"]) | st.text(max_size=2))] = where.pop(key)
+    elif isinstance(where, dict | list):
+        where[key] = data.draw(plain)
+    before = copy.deepcopy(other.state_dict()), sparsity_state(other)
+    try:
+        restore(other, state, metadata)
+    except CheckpointError:
+        assert same(dict(enumerate((other.state_dict(), sparsity_state(other)))), dict(enumerate(before)))
+    with contextlib.suppress(SparsityError):
+        verify({"state_dict": state, METADATA: metadata})
+
+
+def test_names_that_are_no_text_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="holds no state dict: 3 is no name of a tensor"):
+        find_parts({3: torch.zeros(2)}, "x.pt")
+
+
+def test_threads_that_save_one_path_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: save(tmp_path / "x.pt", {"x": torch.full((1000,), i)}), range(40)))
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.pt"]
+    assert len(load(tmp_path / "x.pt")["x"].unique()) == 1
+
+
+def test_a_link_stays_one_and_long_names_are_written(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "latest.pt").symlink_to(Path("elsewhere") / "run.pt")
+    for value in (1, 2):
+        save(tmp_path / "latest.pt", {"x": value})
+        assert (tmp_path / "latest.pt").is_symlink()
+        assert load(tmp_path / "elsewhere" / "run.pt") == {"x": value}
+    save(tmp_path / f"{'n' * 252}.pt", {})
+
+
+@pytest.mark.slow
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\nfrom nm_sparsity.core.files.io import replacing\n"
+        "with replacing(sys.argv[1]) as file:\n    file.write(b'half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.pt")], check=False)
+    (left,) = tmp_path.iterdir()
+    host, process, end = re.fullmatch(r"(\.nm_sparsity\..*)\.(\d+)\.(.*\.tmp)", left.name).groups()  # type: ignore[union-attr]
+    kept = {f"{host}.{os.getpid()}.{end}", f"{host}x.{process}.{end}", f"{host}.{process}.{end}.mine", ".x.1.tmp"}
+    for name in kept:
+        (tmp_path / name).touch()
+    save(tmp_path / "x.pt", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"x.pt", *kept}, "those of others and of the living stay"
 
 
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:

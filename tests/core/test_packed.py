@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from nm_sparsity.core import CheckpointError, SparsityError, VerificationError, finalize, masks, sparsify
 from nm_sparsity.core.files.checkpoint import split
+from nm_sparsity.core.files.codec import FORMAT, POSITIONS, pack, unpack
 from nm_sparsity.core.files.io import save
 from nm_sparsity.core.files.metadata import METADATA
-from nm_sparsity.core.files.packed import FORMAT, POSITIONS, _digest, load_packed, pack, save_packed, unpack
+from nm_sparsity.core.files.packed import load_packed, save_packed
+from nm_sparsity.core.files.sealed import checksum
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
@@ -172,7 +174,7 @@ def test_damaged_metadata_is_refused(tmp_path: Path, damage, sealed: bool) -> No
     assert metadata["format"] == FORMAT
     damage(tensors, metadata)
     if sealed:
-        metadata["sha256"] = _digest(tensors, metadata)
+        metadata["sha256"] = checksum(tensors, metadata)
     safetensors_torch.save_file(tensors, path, metadata)
     expected = "does not fit its tensors" if sealed else "does not have the checksum"
     with pytest.raises(CheckpointError, match=f"{expected}|not a packed file of ours"):

@@ -16,6 +16,7 @@ from nm_sparsity.core import (
     SparsityConfig,
     SparsityError,
     SparsityReport,
+    VerificationError,
     finalize,
     make_method,
     satisfies,
@@ -216,7 +217,8 @@ def test_dense_method_is_a_no_op_that_shares_every_path() -> None:
     assert notes(report)["head"] == ("dense", 'method "dense"')
     before = net.head.weight.detach().clone()
     finalize(net)
-    assert verify(net).checks == ()
+    with pytest.raises(VerificationError, match="it was trained dense"):
+        verify(net)
     assert torch.equal(net.head.weight, before)
 
 

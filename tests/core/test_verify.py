@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from nm_sparsity.core import SparsityError, VerificationError, finalize, sparsify, verify
 from nm_sparsity.core.__main__ import main
 from nm_sparsity.core.files import checkpoint, io
+from nm_sparsity.core.files.metadata import Metadata
 
 
 def make() -> nn.Sequential:
@@ -61,7 +63,7 @@ def test_not_finalized_never_sparsified_and_another_pattern() -> None:
     sparsify(net)
     with pytest.raises(VerificationError, match=r"not finalized.*shadow weights; call finalize"):
         verify(net)
-    with pytest.raises(VerificationError, match=r"was sparsified at 1:4, 2:4, not at 1:16"):
+    with pytest.raises(VerificationError, match=r"was sparsified at 1:4, 2:4, which is not 1:16: 0\.weight"):
         verify(finalized(), "1:16")
 
 
@@ -82,6 +84,62 @@ def test_files_with_and_without_a_table(tmp_path: Path) -> None:
     torch.save({"model": finalized().state_dict()}, tmp_path / "engine.pt")
     result = verify({"a": torch.zeros(4, 8), "b": torch.ones(4, 6), "c": torch.ones(3)}, "2:4")
     assert [(c.name, c.skipped) for c in result.checks] == [("a", ""), ("b", "reduction size 6 is not divisible by 4")]
+
+
+def test_what_checks_nothing_does_not_pass(tmp_path: Path) -> None:
+    dense = {"a.weight": torch.randn(8, 8), "b.bias": torch.zeros(3)}
+    entry = {"format": 1, "method": "dense", "hyperparameters": {}, "layout": "channel", "layers": {}}
+    nothing: dict[str, Any] = {
+        "a pattern that fits nothing": lambda: verify(dense, "2:7"),
+        "all excluded": lambda: verify(dense, "2:4", exclude=["*"]),
+        "an empty state dict": lambda: verify({"state_dict": {}}, "2:4"),
+        "only a bias": lambda: verify({"b.bias": torch.zeros(3)}, "2:4"),
+        "only an embedding": lambda: verify({"embed_tokens.weight": torch.zeros(8, 8)}, "2:4"),
+        "whole numbers": lambda: verify({"a.weight": torch.zeros(8, 8, dtype=torch.int8)}, "2:4"),
+        "no values": lambda: verify({"a.weight": torch.zeros(8, 8, device="meta")}, "2:4"),
+        "a dense run": lambda: verify({"state_dict": dense, "nm_sparsity": entry}),
+        "a dense run, asked": lambda: verify({"state_dict": dense, "nm_sparsity": entry}, "2:4"),
+        "a model without eligible layers": lambda: verify(nn.Sequential(nn.Linear(5, 5)), "2:4"),
+        "a model without layers": lambda: verify(nn.ReLU(), "2:4"),
+    }
+    for case, check in nothing.items():
+        with pytest.raises(VerificationError, match=r"nothing is verified|has no sparse weight"):
+            print(case, check())
+
+
+def test_every_pattern_must_imply_the_one_that_is_asked_for(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+    sparsify(net, "2:4", patterns={"0": "6:8"}, method="ste")
+    finalize(net)
+    io.save(tmp_path / "net.pt", {"state_dict": net.state_dict(), "nm_sparsity": Metadata.of(net).to_dict()})
+    for target in (net, tmp_path / "net.pt"):
+        assert len(verify(target).checked) == 2
+        assert len(verify(target, "6:8").checked) == 2, "two in each four are at most four in each eight"
+        with pytest.raises(VerificationError, match=r"at 6:8, which is not 2:4: 0\.weight$"):
+            verify(target, "2:4")
+    assert len(verify(finalized(), "2:4").checked) == 2, "one in each four is at most two in each four"
+
+
+@pytest.mark.parametrize("option", ["include", "exclude", "patterns"])
+def test_globs_are_for_files_without_a_table_and_must_match(tmp_path: Path, option: str) -> None:
+    def globs(glob: str) -> Any:
+        return {option: {glob: "dense"} if option == "patterns" else [glob]}
+
+    path = ours(tmp_path / "ours.pt")
+    for target in (path, finalized()):
+        with pytest.raises(SparsityError, match="carries a table of its sparse weights; include, exclude and patterns"):
+            verify(target, **globs("2"))
+    with pytest.raises(SparsityError, match=r'"typo\*" matches no layer'):
+        verify({"a.weight": torch.zeros(8, 8)}, "2:4", **globs("typo*"))
+
+
+def test_a_guess_by_name_gives_way_to_a_glob() -> None:
+    """Time embeddings of diffusion models, say, are linear layers."""
+    state = {"time.embed.weight": torch.ones(8, 8), "out.weight": torch.zeros(8, 8)}
+    result = verify(state, "2:4")
+    assert [check.skipped for check in result.checks] == ["an embedding, by its name: include it if it is none", ""]
+    with pytest.raises(VerificationError, match="1 of 2 weights break"):
+        verify(state, "2:4", patterns={"time": "2:4"})
 
 
 def test_nothing_sparse_does_not_pass() -> None:
@@ -166,8 +224,10 @@ def test_console_inspect_bad_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a torch.nn.Module" in capsys.readouterr().err
     assert main(["inspect", "torch.nn:Linear"]) == 1
     assert "missing 2 required positional arguments" in capsys.readouterr().err
-    assert main(["inspect", "resnet18", "--input", "1,2"]) == 0
-    assert "FLOPs not counted" in capsys.readouterr().out
+    assert main(["inspect", "resnet18", "--input", "1,2"]) == 1
+    assert "does not take an input of [1, 2]" in capsys.readouterr().err
+    assert main(["inspect", "maskrcnn_resnet50_fpn"]) == 0
+    assert "FLOPs not counted: the model does not take" in capsys.readouterr().err
 
 
 def test_console_inspect_of_a_detector_fetches_no_backbone(capsys: pytest.CaptureFixture[str]) -> None:

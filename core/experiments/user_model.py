@@ -47,7 +47,7 @@ def build(name: str, arguments: Arguments = ()) -> nn.Module:
         with _user_code(name):
             return _make(name, getattr(importlib.import_module(module), function), arguments)
     try:
-        from torchvision.models import get_model, get_model_builder, list_models
+        from torchvision.models import get_model_builder, list_models
     except ImportError as error:
         raise SparsityError(f'"{name}" needs torchvision: pip install "nm-sparsity[classification]"') from error
     if name not in list_models():

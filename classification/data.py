@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from nm_sparsity.classification import distributed
 from nm_sparsity.classification.configs import ClassifierConfig, DataConfig
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments import fashion_mnist
+from nm_sparsity.core.experiments.images import EXTENSIONS, image_files, opened
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -252,9 +252,7 @@ class ImageFolder(Images):
         for label, name in enumerate(classes):
             files = image_files(root / name)
             if not files:
-                raise SparsityError(
-                    f"{root / name} holds no images ({', '.join(IMG_EXTENSIONS)}); add some or remove it"
-                )
+                raise SparsityError(f"{root / name} holds no images ({', '.join(EXTENSIONS)}); add some or remove it")
             self.files += [(path, label) for path in files]
 
     def __len__(self) -> int:
@@ -264,11 +262,6 @@ class ImageFolder(Images):
         transform = self.train if augment else self.plain
         images = [transform(read_image(self.files[i][0])) for i in indices]
         return torch.stack(images), torch.tensor([self.files[i][1] for i in indices])
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images in `folder` and the folders in it, by name."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
 
 
 def _image_folder(config: DataConfig) -> Splits:
@@ -332,11 +325,8 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         SparsityError: if it cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SparsityError(f"{path} cannot be read as an image ({error}); fetch it again or remove it") from None
+    with opened(path) as image:
+        return cast(Image.Image, image.convert("RGB"))
 
 
 # Eigenvalues and eigenvectors (columns) of the RGB covariance of ImageNet's pixels in [0, 1], as published with

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nm_sparsity.classification import distributed
 from nm_sparsity.classification.checkpoints import Trained
-from nm_sparsity.classification.data import image_files, plain_transform, read_image
+from nm_sparsity.classification.data import plain_transform, read_image
 from nm_sparsity.classification.evaluate import logits_of
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.images import named_images
 
 BATCH = 32
 """Pictures at a time."""
@@ -54,7 +55,7 @@ def predict(arguments: Arguments, device: torch.device) -> Iterator[tuple[Path, 
         SparsityError: if the checkpoint or a picture cannot be read; what came before was given.
     """
     trained = Trained.open(arguments.path, arguments.config, arguments.model)
-    files = [file for path in arguments.pictures for file in _pictures(path)]
+    files = [file for path in arguments.pictures for file in named_images(path)]
     last = list(trained.state.values())[-1]
     names = trained.names or tuple(map(str, range(len(last))))
     model = trained.model(len(names)).to(device)
@@ -69,16 +70,6 @@ def predict(arguments: Arguments, device: torch.device) -> Iterator[tuple[Path, 
         shares, labels = logits.softmax(1).topk(min(arguments.top, logits.shape[1]))
         for file, share, label in zip(some, shares.tolist(), labels.tolist(), strict=True):
             yield file, [(names[i], p) for i, p in zip(label, share, strict=True)]
-
-
-def _pictures(path: Path) -> list[Path]:
-    if not path.exists():
-        raise SparsityError(f"there is no picture {path}")
-    if not path.is_dir():
-        return [path]
-    if not (files := image_files(path)):
-        raise SparsityError(f"{path} holds no pictures")
-    return files
 
 
 @command_line

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +13,30 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from pycocotools import mask as rle
 
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.experiments.images import opened
 
 SHOWN = 10
 """Problems listed in an error message; the rest is counted."""
 
 ROUNDING = 1.0
 """Pixels by which a box may leave its image: COCO's own boxes do, by rounding."""
+
+MOST_PIXELS, LONGEST_SIDE = 2**30, 2**20
+"""Of an image: what OpenCV reads, which MMDetection uses."""
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 60
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message: short, on one line, whatever a file holds."""
+    if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 60:
+        return value
+    text = _brief.repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 class DataError(SparsityError):
@@ -90,20 +104,26 @@ def class_names(annotations: Path) -> tuple[str, ...]:
 
 def _read(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: no such annotation file") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # also of text that is not UTF-8, and of numbers with thousands of digits
         raise DataError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise DataError(f"{path} is not a COCO file: its values are nested too deeply") from None
     if not isinstance(document, dict) or not all(isinstance(document.get(key), list) for key in _FIELDS):
         raise DataError(f"{path} is not a COCO file: it needs lists of {', '.join(_FIELDS)}")
     return document
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 2**53
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _are_numbers(values: Any) -> bool:
@@ -115,45 +135,53 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int | str)
+    return isinstance(value, str) or (_is_whole(value) and abs(value) < 2**63)
 
 
 def _is_box(value: Any) -> bool:
     return _are_numbers(value) and len(value) == 4 and min(value[2:]) >= 0
 
 
-_ID, _SIZE = (_is_id, "a number or text"), (lambda value: _is_number(value) and value > 0, "a number above 0")
+_ID = (_is_id, "a whole number or text")
+_SIZE = (lambda value: _is_whole(value) and 0 < value <= LONGEST_SIDE, f"a whole number from 1 to {LONGEST_SIDE}")
 _FIELDS: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {"id": _ID, "file_name": (_is_text, "text"), "width": _SIZE, "height": _SIZE},
     "annotations": {
-        **dict.fromkeys(("id", "image_id", "category_id"), _ID),
+        "id": (lambda value: _is_whole(value) and 0 < value < 2**53, "a whole number above 0"),
+        **dict.fromkeys(("image_id", "category_id"), _ID),
         "bbox": (_is_box, "[x, y, width, height]"),
         "area": (_is_number, "a number"),
         "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
     },
     "categories": {"id": _ID, "name": (_is_text, "text")},
 }
-"""What MMDetection and pycocotools read of each entry: a test of the value, and what it should be in words."""
+"""What MMDetection and pycocotools read of each entry: a test of the value, and what it should be in words. For
+pycocotools, the annotation 0 is none: finding it would count as a mistake."""
 
 
 def _malformed(document: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     for key, fields in _FIELDS.items():
         for index, entry in enumerate(document[key]):
             if not isinstance(entry, dict):
-                yield f"{key}[{index}] is {entry!r}, expected an object with {', '.join(fields)}"
+                yield f"{key}[{index}] is {_shown(entry)}, expected an object with {', '.join(fields)}"
                 continue
             if missing := [field for field in fields if field not in entry]:
                 yield f"{key}[{index}] has no {', '.join(missing)}"
             for field, (is_valid, expected) in fields.items():
                 if field in entry and not is_valid(entry[field]):
-                    yield f"{key}[{index}] (id {entry.get('id')}): {field} is {entry[field]!r}, expected {expected}"
+                    found = f"{field} is {_shown(entry[field])}"
+                    yield f"{key}[{index}] (id {_shown(entry.get('id'))}): {found}, expected {expected}"
 
 
 def _repeated(document: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-    for key, field in (("images", "id"), ("annotations", "id"), ("categories", "id"), ("categories", "name")):
-        for value, count in Counter(entry[field] for entry in document[key]).items():
-            if count > 1:
-                yield f"{key}: {field} {value} is used {count} times"
+    unique = {"images": ("id", "file_name"), "annotations": ("id",), "categories": ("id", "name")}
+    for key, fields in unique.items():
+        for field in fields:
+            for value, count in Counter(entry[field] for entry in document[key]).items():
+                if count > 1:
+                    yield f"{key}: {field} {_shown(value)} is used {count} times"
+        if len({type(entry["id"]) for entry in document[key]}) > 1:
+            yield f"{key}: some ids are numbers and some are text; pycocotools cannot sort them"
 
 
 def _is_skipped(annotation: Mapping[str, Any]) -> bool:
@@ -166,15 +194,20 @@ def _annotation_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], ma
         what = "only crowd regions and boxes without area" if annotations else "no annotations at all"
         yield f"it has {what}: there is nothing to learn from"
     images = {image["id"]: image for image in document["images"]}
+    for large in images.values():
+        if large["width"] * large["height"] > MOST_PIXELS:
+            yield f"image {_shown(large['file_name'])}: {large['width']}x{large['height']} is more than OpenCV reads"
     categories = {category["id"]: None for category in document["categories"]}
     for annotation in annotations:
         image = images.get(annotation["image_id"])
         if image is None:
-            yield f"annotation {annotation['id']}: image id {annotation['image_id']} is not among the images"
+            where = f"image id {_shown(annotation['image_id'])}"
+            yield f"annotation {_shown(annotation['id'])}: {where} is not among the images"
             continue
-        what = f"annotation {annotation['id']} ({image['file_name']})"
+        what = f"annotation {_shown(annotation['id'])} ({_shown(image['file_name'])})"
         if annotation["category_id"] not in categories:
-            yield f"{what}: category id {annotation['category_id']} is unknown; known: {list(categories)}"
+            unknown, known = _shown(annotation["category_id"]), _shown(list(categories))
+            yield f"{what}: category id {unknown} is unknown; known: {known}"
         width, height = image["width"], image["height"]
         x, y, box_width, box_height = annotation["bbox"]
         if min(x, y, width - x - box_width, height - y - box_height) < -ROUNDING:
@@ -186,17 +219,16 @@ def _annotation_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], ma
 
 
 def _mask_problem(annotation: Mapping[str, Any], width: int, height: int) -> str | None:
-    mask = annotation.get("segmentation")
+    mask: Any = annotation.get("segmentation")
     if isinstance(mask, dict):
         if mask.get("size") != [height, width]:
-            return f"a run-length mask of size {mask.get('size')} in an image of height {height}, width {width}"
-        counts: Any = mask.get("counts")
-        if _are_numbers(counts) and sum(counts) != height * width:  # pycocotools would not notice
-            return f"a run-length mask of {sum(counts)} pixels in an image of {height * width}"
-        try:
-            rle.decode(mask if isinstance(counts, str) else rle.frPyObjects(mask, height, width))
-        except (TypeError, ValueError, OverflowError):
+            found = _shown(mask.get("size"))
+            return f"a run-length mask of size {found} in an image of height {height}, width {width}"
+        counts = _run_lengths(mask.get("counts"))
+        if counts is None:
             return "a run-length mask whose counts cannot be decoded"
+        if sum(counts) != height * width:  # pycocotools would not notice
+            return f"a run-length mask of {sum(counts)} pixels in an image of {height * width}"
         return None
     if mask is not None and not isinstance(mask, list):
         return f"a mask of type {type(mask).__name__}; expected polygons or run lengths"
@@ -204,13 +236,40 @@ def _mask_problem(annotation: Mapping[str, Any], width: int, height: int) -> str
         return "a crowd region needs a run-length mask, not polygons"
     for polygon in mask or []:
         if not _are_numbers(polygon):
-            return f"a polygon must be a list of numbers x, y, x, y, ...; found {polygon!s:.40}"
+            return f"a polygon must be a list of numbers x, y, x, y, ...; found {_shown(polygon)}"
         if len(polygon) < 6 or len(polygon) % 2:
             return f"a polygon of {len(polygon)} numbers; it needs at least 3 points, x and y each"
         xs, ys = polygon[::2], polygon[1::2]
         if min(xs) >= width or min(ys) >= height or max(xs) <= 0 or max(ys) <= 0:
             return f"a polygon outside its {width}x{height} image"
+        if min(xs) < -width or min(ys) < -height or max(xs) > 2 * width or max(ys) > 2 * height:
+            return f"a polygon that leaves its {width}x{height} image by more than the image's own size"
     return None
+
+
+def _run_lengths(counts: Any) -> list[int] | None:
+    """The run lengths of a mask, from a list of them or from COCO's compressed text; ``None`` if they are none.
+
+    The text holds 5 bits of a number and a bit for "more follows" in each character, the lowest first and signed; from
+    the fourth number on, a number is the difference to the run before the last.
+    """
+    if isinstance(counts, list):
+        return counts if all(_is_whole(run) and run >= 0 for run in counts) else None
+    if not isinstance(counts, str) or not counts or not counts.isascii():
+        return None
+    letters = np.frombuffer(counts.encode(), np.uint8).astype(np.int64) - ord("0")
+    ends = np.flatnonzero(letters & 32 == 0)
+    if letters.min() < 0 or letters.max() > 63 or not len(ends) or ends[-1] != len(letters) - 1:
+        return None
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # more than 35 bits: no image is that large
+        return None
+    shifts = 5 * (np.arange(len(letters)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((letters & 31) << shifts, starts)
+    runs -= (letters[ends] & 16 > 0) * (np.int64(1) << 5 * lengths)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs.tolist() if runs.min() >= 0 else None
 
 
 def _image_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path, decode: bool) -> Iterator[str]:
@@ -219,18 +278,23 @@ def _image_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], folder:
         return
 
     def problem(entry: Mapping[str, Any]) -> str | None:
-        path = folder / entry["file_name"]
-        if not path.is_file():
-            return f"image {path} is missing"
+        name = entry["file_name"]
+        path = folder / name
+        try:
+            if not path.is_file():
+                return f"image {folder / _shown(name)} is missing"
+        except OSError as error:  # a name that no file can have
+            return f"image {_shown(name)} is missing: {error.strerror}"
         if not decode:
             return None
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 image.load()
-        except (OSError, SyntaxError) as error:
-            return f"image {path} is damaged: {error}"
+                size = image.size
+        except SparsityError as error:
+            return f"image {error}"
         expected = (entry["width"], entry["height"])
-        return None if image.size == expected else f"image {path} is {image.size}, the file says {expected}"
+        return None if size == expected else f"image {path} is {size}, the file says {expected}"
 
     with ThreadPoolExecutor() as pool:
         yield from filter(None, pool.map(problem, document["images"]))

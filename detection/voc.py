@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 
+from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.experiments.images import opened
 from nm_sparsity.detection import coco
 
 
@@ -33,12 +35,17 @@ def read(path: Path) -> tuple[str, list[Box]]:
         root = ElementTree.parse(path).getroot()
         boxes = []
         for entry in root.iter("object"):
-            x1, y1, x2, y2 = (float(_text(entry, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+            x1, y1, x2, y2 = corners = [float(_text(entry, f"bndbox/{key}")) for key in _CORNERS]
+            if not all(map(math.isfinite, corners)) or x2 < x1 or y2 < y1:
+                raise ValueError(f"a <bndbox> is {', '.join(map(str, corners))}; expected {', '.join(_CORNERS)}")
             edges = (x1 - 1, y1 - 1, x2, y2)
             boxes.append(Box(_text(entry, "name"), edges, entry.findtext("difficult", "0").strip() == "1"))
         return _text(root, "filename"), boxes
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, OSError, ValueError) as error:
         raise coco.DataError(f"{path} is not a VOC annotation: {error}") from None
+
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def _text(element: ElementTree.Element, key: str) -> str:
@@ -61,6 +68,7 @@ def convert(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) -> N
         )
     read_files = {stem: read(path) for stem, path in files.items()}
     classes = sorted({box.name for _, boxes in read_files.values() for box in boxes})
+    used: dict[str, Path] = {}
     for split, stems in _voc_split(source, list(files), val_share, seed).items():
         images, annotations = [], []
         (out / split).mkdir(parents=True, exist_ok=True)
@@ -70,13 +78,13 @@ def convert(source: Path, out: Path, val_share: float = 0.2, seed: int = 0) -> N
             name, boxes = read_files[stem]
             name = Path(name).name  # some tools write the path on the annotator's machine
             picture = source / "JPEGImages" / name
+            if (other := used.setdefault(name, files[stem])) != files[stem]:
+                raise coco.DataError(f"{files[stem]} and {other} are of the same picture, {name}")
             try:
-                with Image.open(picture) as image:
+                with opened(picture) as image:
                     width, height = image.size
-            except FileNotFoundError:
-                raise coco.DataError(f"{files[stem]} belongs to {picture}, which is missing") from None
-            except OSError as error:
-                raise coco.DataError(f"{files[stem]} belongs to {picture}, which is no picture: {error}") from None
+            except SparsityError as error:
+                raise coco.DataError(f"the picture of {files[stem]} is missing or damaged: {error}") from None
             shutil.copyfile(picture, out / split / name)
             images.append({"id": number, "file_name": name, "width": width, "height": height})
             for box in boxes:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import math
+import struct
+import zlib
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from nm_sparsity.detection import coco
 
@@ -19,6 +29,10 @@ Document = dict[str, list[dict[str, Any]]]
 
 @pytest.fixture
 def document() -> Document:
+    return example()
+
+
+def example() -> Document:
     """Two images of 40 x 30 pixels with a polygon, a run-length mask, and a crowd region."""
     mask = np.zeros((30, 40), bool)
     mask[5:15, 10:20] = True
@@ -56,6 +70,12 @@ def test_masks_and_their_boxes_agree_with_pycocotools(document: Document) -> Non
     assert document["annotations"][1]["area"] == 100
 
 
+def compressed(*counts: int) -> str:
+    """The text that pycocotools makes of run lengths."""
+    mask = {"size": [sum(counts), 1], "counts": list(counts)}
+    return str(rle.frPyObjects(mask, *mask["size"])["counts"].decode())
+
+
 def broken(document: Document, key: str, index: int, **changes: Any) -> Document:
     document = copy.deepcopy(document)
     document[key][index].update(changes)
@@ -87,7 +107,26 @@ def broken(document: Document, key: str, index: int, **changes: Any) -> Document
         ("annotations", 1, {"segmentation": {"size": [30, 40], "counts": "@@@@"}}, r"counts cannot be decoded"),
         ("annotations", 1, {"segmentation": {"size": [30, 40], "counts": None}}, r"counts cannot be decoded"),
         ("annotations", 1, {"segmentation": {"size": [30, 40], "counts": [9]}}, r"of 9 pixels in an image of 1200"),
+        *(
+            ("annotations", 1, {"segmentation": {"size": [30, 40], "counts": counts}}, message)
+            for counts, message in (
+                (compressed(1000, 201), r"of 1201 pixels in an image of 1200"),
+                ([1000, 201], r"of 1201 pixels in an image of 1200"),
+                ([1300, -100], r"counts cannot be decoded"),
+                ([1100.5, 99.5], r"counts cannot be decoded"),
+                ("h", r"counts cannot be decoded"),
+                ("ÿ", r"counts cannot be decoded"),
+                ("", r"counts cannot be decoded"),
+                ("o" * 40 + "0", r"counts cannot be decoded"),
+            )
+        ),
+        ("annotations", 0, {"segmentation": [[1, 2, 1e12, 2, 11, 10]]}, r"leaves its 40x30 image by more than"),
         ("annotations", 1, {"id": 1}, r"annotations: id 1 is used 2 times"),
+        ("images", 1, {"file_name": "1.jpg"}, r"images: file_name 1\.jpg is used 2 times"),
+        ("images", 0, {"file_name": "x" * 5000}, r"image 'x{20,}\.\.\.x+' is missing: File name too long"),
+        ("images", 0, {"file_name": "a\nb.jpg"}, r"image .*'a\\nb\.jpg' is missing"),
+        ("images", 0, {"file_name": "a\0b.jpg"}, r"image .*'a\\x00b\.jpg' is missing"),
+        ("images", 0, {"width": 2**20, "height": 2**20}, r"image 1\.jpg: 1048576x1048576 is more than OpenCV reads"),
         ("images", 1, {"width": 41}, r"2\.jpg is \(40, 30\), the file says \(41, 30\)"),
     ],
 )
@@ -102,12 +141,12 @@ def test_each_problem_is_named(
     ("key", "values", "field"),
     [
         ("annotations", [None, 5, "1234", [[1, 2, 3, 4]], [1, 2, 3, None], [1, 2, 3], [1, 2, 3, float("inf")]], "bbox"),
-        ("annotations", [None, "80"], "area"),
+        ("annotations", [None, "80", 10**400, True], "area"),
         ("annotations", [None, 2, "no"], "iscrowd"),
-        ("annotations", [None, [1], {}], "id"),
+        ("annotations", [None, [1], {}, 10**400, 1.5, "1", 0], "id"),
         ("annotations", [[1]], "image_id"),
         ("annotations", [{}], "category_id"),
-        ("images", ["40", None, 0], "width"),
+        ("images", ["40", None, 0, 40.5, True, 10**400], "width"),
         ("images", [None, 5, ""], "file_name"),
         ("categories", [None, 3], "name"),
     ],
@@ -159,8 +198,88 @@ def test_a_corrupt_jpeg_is_named(document: Document, check: Callable[..., coco.S
     Image.fromarray(noise).save(tmp_path / "2.jpg")
     (tmp_path / "2.jpg").write_bytes((tmp_path / "2.jpg").read_bytes()[:900])
     check(document, decode=False)
-    with pytest.raises(coco.DataError, match=r"image .*/2\.jpg is damaged: .*truncated"):
+    with pytest.raises(coco.DataError, match=r"image .*/2\.jpg cannot be read as an image .*truncated"):
         check(document)
+
+
+def test_a_picture_that_claims_30000_pixels_a_side_is_named(
+    document: Document, check: Callable[..., coco.Summary], tmp_path: Path
+) -> None:
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    (tmp_path / "1.jpg").write_bytes(png)
+    with pytest.raises(coco.DataError, match=r"1\.jpg cannot be read as an image .*900000000 pixels.* exceeds limit"):
+        check(document)
+
+
+@given(st.lists(st.integers(0, 2**31), min_size=1, max_size=30))
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them(counts: list[int]) -> None:
+    assert coco._run_lengths(rle.frPyObjects({"size": [1, 1], "counts": counts}, 1, 1)["counts"].decode()) == counts
+
+
+ANY = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-50, 50)
+    | st.sampled_from([2**31, 2**53, 2**63, 10**400, -(10**400), 1e300, -1e300, 5e-324, math.inf, math.nan])
+    | st.floats(-50, 50)
+    | st.text(max_size=6)
+    | st.sampled_from(["", "\0", "\n", "..", "/", "\ud800", "x" * 3000, "1.jpg", "2.jpg", "52203"]),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(["size", "counts", "id"]), inner),
+    max_leaves=12,
+)
+"""Any JSON value, those above all that break readers."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value inside of `value`."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, inner in entries for place in places(inner, (*path, key)))]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_document_is_refused_in_short_lines_or_read_by_pycocotools(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """One to three values, entries or lists of a good file are replaced, removed or repeated."""
+    folder = tmp_path_factory.getbasetemp()
+    document = example()
+    for image in document["images"]:
+        Image.new("RGB", (40, 30)).save(folder / image["file_name"])
+    for _ in range(data.draw(st.integers(1, 3))):
+        *path, last = data.draw(st.sampled_from(places(document)[1:]))
+        owner: Any = document
+        for key in path:
+            owner = owner[key]
+        how = data.draw(st.sampled_from(["replace", "replace", "remove", "repeat"]))
+        if how == "replace":
+            owner[last] = data.draw(ANY)
+        elif how == "remove":
+            del owner[last]
+        elif isinstance(owner, list):
+            owner.append(owner[last])
+    (folder / "fuzzed.json").write_text(json.dumps(document))
+    try:
+        coco.check(folder / "fuzzed.json", folder, decode=True)
+    except coco.DataError as error:
+        lines = str(error).splitlines()
+        assert len(lines) <= coco.SHOWN + 2
+        assert all(len(line) < 300 + len(str(folder)) for line in lines)
+        return
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(folder / "fuzzed.json")
+    for annotation in truth.dataset["annotations"]:
+        if annotation.get("segmentation"):
+            assert truth.annToMask(annotation).shape == (30, 40)
+    found = [{**annotation, "score": 0.5} for annotation in truth.dataset["annotations"]]
+    with redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(found)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
 
 
 def test_long_lists_are_cut(document: Document, check: Callable[..., coco.Summary]) -> None:
@@ -174,6 +293,8 @@ def test_long_lists_are_cut(document: Document, check: Callable[..., coco.Summar
     [
         ("{", "is not JSON"),
         ("[]", "not a COCO file"),
+        ("[" * 200_000, "nested too deeply"),
+        ("9" * 5000, "is not JSON: Exceeds the limit"),
         ('{"images": [{}], "annotations": [], "categories": []}', "has no id, file_name, width, height"),
     ],
 )

@@ -140,13 +140,28 @@ def test_bad_seeds_and_files_as_folders_are_named(tmp_path: Path, voc_folder: Pa
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: (folder / "JPEGImages/1.jpg").unlink(), r"1\.xml belongs to .*1\.jpg, which is missing"),
+        (lambda folder: (folder / "JPEGImages/1.jpg").unlink(), r"the picture of .*1\.xml is missing .*No such file"),
         (
             lambda folder: (folder / "JPEGImages/1.jpg").write_text("x"),
-            r"1\.xml belongs to .*1\.jpg, which is no picture",
+            r"the picture of .*1\.xml is .*1\.jpg cannot be read as an image",
         ),
         (lambda folder: (folder / "Annotations/1.xml").write_text("<annotation>"), r"1\.xml is not a VOC annotation"),
         (lambda folder: (folder / "Annotations/1.xml").write_text("<a><object/></a>"), r"1\.xml .* no <bndbox/xmin>"),
+        *(
+            (
+                lambda folder, box=box: (folder / "Annotations/1.xml").write_text(xml("1.jpg", ("cat", *box, 0))),
+                rf"1\.xml is not a VOC annotation: a <bndbox> is {box[0]}\S*, .*; expected xmin, ymin, xmax, ymax",
+            )
+            for box in (("nan", 1, 5, 5), ("1", 1, "inf", 5), ("9", 1, 5, 5), ("1", 9, 5, 5))
+        ),
+        (
+            lambda folder: (folder / "Annotations/1.xml").write_text(xml("2.jpg", ("cat", 1, 1, 10, 8, 0))),
+            r"[12]\.xml and .*[12]\.xml are of the same picture, 2\.jpg",
+        ),
+        (
+            lambda folder: (folder / "Annotations/1.xml").write_text(xml("x" * 5000, ("cat", 1, 1, 10, 8, 0))),
+            r"the picture of .*1\.xml is .*File name too long",
+        ),
         (lambda folder: [file.unlink() for file in (folder / "Annotations").iterdir()], "holds no XML files"),
     ],
 )

@@ -65,15 +65,12 @@ class SparseTraining:
             exclude: globs of what stays dense where the user excluded nothing.
 
         Raises:
-            SparsityError: see `sparsify`; also if there is no layer that can have the pattern.
+            SparsityError: see `SparsityConfig.sparsify`.
         """
         if any(found.table is not None for _, found in record.records(model)):
             unsparsify(model)
         config = replace(self.config, exclude=tuple(exclude)) if self._excludes_by_default else self.config
         self.report = config.sparsify(model)
-        if not self.report.sparse and config.make_method().trains_sparse:
-            unsparsify(model)
-            raise SparsityError(f"no weight of {type(model).__name__} can be {config.pattern}:\n{self.report}")
         return self.report
 
     def before_step(self, model: nn.Module, step: int) -> None:

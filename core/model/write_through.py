@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks.ops import StraightThrough
 from nm_sparsity.core.methods import WeightState
 
@@ -98,6 +99,14 @@ class WriteThrough(Tensor):
 
     def retain_grad(self) -> None:
         """The gradient is kept anyway: `grad` is that of the shadow weight."""
+
+    @property
+    def retains_grad(self) -> bool:  # type: ignore[override]
+        """Only optimizers ask: they would step this value, and not the weight."""
+        raise SparsityError(
+            "an optimizer was given layer.weight of a sparse layer, which is its masked value: give it the parameter, "
+            'from model.parameters(), model.named_parameters() or layer.get_parameter("weight")'
+        )
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.shadow[index] = value

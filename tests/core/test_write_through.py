@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nm_sparsity.core import keep_largest, sparsify
+from nm_sparsity.core import SparsityError, keep_largest, sparsify
 
 
 class Reading(nn.Module):
@@ -161,6 +161,16 @@ def test_operations_give_plain_tensors_and_copies_are_plain() -> None:
     assert type(copy.deepcopy(weight)) is Tensor
     assert type(pickle.loads(pickle.dumps(weight))) is Tensor
     assert torch.equal(weight.detach(), keep_largest(model[0]._parameters["weight"], "2:4"))
+
+
+def test_an_optimizer_of_values_is_refused_with_the_way_out() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    decayed = [layer.weight for layer in model if hasattr(layer, "weight")]
+    with pytest.raises(SparsityError, match=r"which is its masked value: give it the parameter"):
+        torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}])
+    decayed = [layer.get_parameter("weight") for layer in model if hasattr(layer, "weight")]
+    torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}])
 
 
 def test_second_derivatives_pass_through() -> None:

@@ -155,5 +155,5 @@ def test_training_goes_on_with_a_finalized_module(tmp_path: Path) -> None:
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     with pytest.raises(SparsityError, match='no hyperparameter "patern"'):
         NMSparsity(patern="2:4")
-    with pytest.warns(UserWarning, match="no layer"), pytest.raises(SparsityError, match="no weight of Classifier"):
+    with pytest.raises(SparsityError, match="nothing of Classifier is sparse at 2:64"):
         fit(seeded(), tmp_path, NMSparsity("2:64"))

@@ -51,6 +51,7 @@ _GLOBS = ((list, tuple), 'a list of globs, e.g. ["backbone.*"]')
 _OPTIONS: dict[str, tuple[Any, str]] = {
     "include": _GLOBS,
     "exclude": _GLOBS,
+    "trust": ((list, tuple), 'a list of classes, e.g. ["package.module:MyConv"]'),
     "patterns": (Mapping, 'globs and their patterns, e.g. {"backbone.*": "1:4"}'),
     "decay": ((int, float), "a number"),
     "hyperparameters": (Mapping, 'names and values, e.g. {"ramp": 1000}'),
@@ -67,7 +68,7 @@ class NMSparseHook(Hook):  # type: ignore[misc]
         interval: iterations between measurements of the flip rate; 0 is never.
         per_layer: log the SAD of every layer too.
         sparsity: the fields of `SparsityConfig`: pattern, method, decay, hyperparameters, layout, include, exclude,
-            patterns, remainder.
+            patterns, remainder, trust.
 
     Raises:
         SparsityError: for an unknown field, or one out of range.
@@ -90,7 +91,13 @@ class NMSparseHook(Hook):  # type: ignore[misc]
                 raise SparsityError(f"NMSparseHook: {name} is {value!r}, expected {expected}")
         if interval < 0:
             raise SparsityError(f"NMSparseHook: interval is {interval}, expected 0 (never measure) or more iterations")
-        for name, plain in (("include", tuple), ("exclude", tuple), ("patterns", dict), ("hyperparameters", dict)):
+        for name, plain in (
+            ("include", tuple),
+            ("exclude", tuple),
+            ("trust", tuple),
+            ("patterns", dict),
+            ("hyperparameters", dict),
+        ):
             if name in given:
                 given[name] = plain(given[name])
         self.config = SparsityConfig(**given)

@@ -39,7 +39,7 @@ def add_options(config: type) -> Any:
     for field in dataclasses.fields(SparsityConfig):
         text = help_texts[field.name].replace("%", "%%")
         plain = isinstance(field.default, str)
-        if field.name in ("include", "exclude"):
+        if field.name in ("include", "exclude", "trust"):
             text += " Comma-separated."
         if field.name == "include":
             text = text.replace("empty means all", "empty means encoder.layers and decoder.layers")
@@ -64,7 +64,7 @@ def sparsity_config(task_config: Any) -> SparsityConfig:
         raise SparsityError(
             f'nm_pattern is the number {values["pattern"]}: YAML reads N:M as one of base 60, so quote it: "2:4"'
         )
-    for name in ("include", "exclude"):
+    for name in ("include", "exclude", "trust"):
         values[name] = _list(values[name])
     for name, form in MAPPINGS.items():
         items = _list(values[name])

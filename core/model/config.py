@@ -43,6 +43,8 @@ class SparsityConfig:
     """Glob -> pattern, or "dense", for layers that differ; the last match wins."""
     remainder: str = "dense"
     """What to do with a weight whose reduction size M does not divide: dense or error."""
+    trust: tuple[str, ...] = ()
+    """Subclasses of layers, as package.module:Class, whose own forward multiplies with the weight as it is."""
 
     def __post_init__(self) -> None:
         self.make_method()

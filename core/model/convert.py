@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import Method, WeightState, make_method
 from nm_sparsity.core.model import bank, record
-from nm_sparsity.core.model.candidates import Candidate, candidates, reduction_dims, why_not_pattern
+from nm_sparsity.core.model.candidates import Candidate, candidates, find_ties_outside, reduction_dims, why_not_pattern
 from nm_sparsity.core.model.layers import SparseLayer, convert, revert, sparse_layers, sparse_weights
 from nm_sparsity.core.model.report import SparsityReport, WeightReport
 from nm_sparsity.core.model.rules import Rules
@@ -33,6 +33,7 @@ def sparsify(
     exclude: Iterable[str] = (),
     patterns: Mapping[str, str] | None = None,
     remainder: str = "dense",
+    trust: Iterable[type[nn.Module] | str] = (),
     **hyperparameters: Any,
 ) -> SparsityReport:
     """Make every eligible layer of `model` N:M sparse, in place: same Parameters, same state-dict names.
@@ -48,6 +49,8 @@ def sparsify(
         patterns: glob -> pattern (or ``"dense"``) for layers that differ; the last match wins.
         remainder: ``"dense"`` leaves a weight whose reduction size is not a multiple of M dense,
             ``"error"`` raises.
+        trust: subclasses of supported layers, or ``"package.module:Class"``, that have a forward of their own and
+            multiply in it with their weight as it is. Those that are not known to stay dense.
         hyperparameters: the method's, e.g. ``decay=2e-4``.
 
     Returns:
@@ -59,9 +62,11 @@ def sparsify(
     """
     model = _convertible(model)
     chosen_method = make_method(method, **hyperparameters)
-    rules = Rules.parse(pattern, layout, include, exclude, patterns or {}, remainder)
+    rules = Rules.parse(pattern, layout, include, exclude, {} if patterns is None else patterns, remainder, trust)
 
-    found = list(candidates(model))
+    rules.check_trust(model)
+    found = list(candidates(model, rules.trust))
+    find_ties_outside(model, found)
     rules.check_globs([name for candidate in found for name in candidate.names])
     plan = [_plan(candidate, rules, chosen_method) for candidate in found]
 

@@ -26,6 +26,7 @@ from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks.ops import is_plain, straight_through
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import bank
+from nm_sparsity.core.model.candidates import why_not_tensor
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _live: dict[int, ref[SparseLayer]] = {}
@@ -34,6 +35,7 @@ _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
 _WRAPPERS = {id(unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
 """What reads a weight to put something else in its place, and writes before it takes the Parameter out of the layer."""
+_QUANTIZE = "finalize the model, then quantize it; quantization-aware training prepares it before sparsify"
 _blocks = threading.Lock()
 
 
@@ -84,6 +86,8 @@ class SparseLayer:
         """As `nn.Module.register_parameter`; a sparse weight makes way for nothing but another plain Parameter."""
         if isinstance(param, WriteThrough) or (param is None and name in self.nm_weights):
             raise _not_replaced(self, name)  # what `prune` begins with
+        if param is not None and name in self.nm_weights and (reason := why_not_tensor(param)):
+            raise SparsityError(f"{name} of a {type(self).__name__} cannot become {reason}; {_QUANTIZE}")
         super().register_parameter(name, param)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -91,6 +95,16 @@ class SparseLayer:
         transient = ("_nm_raw", "_nm_frozen", "_nm_blocks")
         kept = {key: value for key, value in state.items() if key not in transient}
         return _rebuild, (dense_class(self), tuple(self.nm_weights)), kept
+
+    @property
+    def qconfig(self) -> None:
+        """What `torch.ao.quantization` puts on every layer that it means to replace; a sparse one never has it."""
+        raise AttributeError("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> None:
+        if value is not None:
+            raise SparsityError(f"a {type(self).__name__} cannot be prepared for quantization: {_QUANTIZE}")
 
     def extra_repr(self) -> str:
         patterns = sorted({str(sparse.pattern) for sparse in self.nm_weights.values()})

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
 
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.model.candidates import class_name
 from nm_sparsity.core.pattern import Layout, NMPattern, check_layout
 
 
@@ -21,6 +25,8 @@ class Rules:
     patterns: tuple[tuple[str, NMPattern | None], ...]
     """(glob, pattern or None for dense); the last match wins."""
     remainder: str
+    trust: frozenset[str] = frozenset()
+    """Classes by name, as `class_name` gives it."""
 
     @classmethod
     def parse(
@@ -31,25 +37,27 @@ class Rules:
         exclude: Iterable[str],
         patterns: Mapping[str, str],
         remainder: str,
+        trust: Iterable[type[nn.Module] | str] = (),
     ) -> Rules:
         """See `sparsify`.
 
         Raises:
-            SparsityError: for a malformed pattern, an unknown layout or remainder, or text where globs are expected.
+            SparsityError: for a malformed pattern, an unknown layout or remainder, or an argument of another type.
         """
-        for name, globs in (("include", include), ("exclude", exclude)):
-            if isinstance(globs, str) or not isinstance(globs, Iterable):
-                raise SparsityError(f'{name} takes a list of globs such as ["layer4.*", "fc"], found {globs!r}')
+        include, exclude = _globs("include", include), _globs("exclude", exclude)
         if remainder not in ("dense", "error"):
             raise SparsityError(f'remainder must be "dense" or "error", found "{remainder}"')
+        if not isinstance(patterns, Mapping) or not all(isinstance(glob, str) for glob in patterns):
+            raise SparsityError(f'patterns takes a mapping such as {{"fc": "1:4"}}, found {patterns!r}')
         overrides = {glob: None if p == "dense" else NMPattern.parse(p) for glob, p in patterns.items()}
         return cls(
             NMPattern.parse(pattern),
             check_layout(layout),
-            tuple(include),
-            tuple(exclude),
+            include,
+            exclude,
             tuple(overrides.items()),
             remainder,
+            frozenset(map(_class_name, _list("trust", trust, 'classes such as [MyLinear, "package.module:MyConv"]'))),
         )
 
     def choose(self, name: str) -> tuple[NMPattern | None, str]:
@@ -83,6 +91,37 @@ class Rules:
                     f'the glob "{glob}" matches no layer of the model; its layers are {", ".join(layers[:4])}'
                     + (f" ... {layers[-1]}" if len(layers) > 4 else "")
                 )
+
+    def check_trust(self, model: nn.Module) -> None:
+        """Raise a `SparsityError` for a trusted class that no module of `model` is of."""
+        there = {class_name(kind) for module in model.modules() for kind in type(module).__mro__}
+        if unknown := sorted(self.trust - there):
+            raise SparsityError(
+                f'trust names "{unknown[0]}", but no layer of the model is one; it takes classes or text as '
+                '"package.module:Class"'
+            )
+
+
+def _list(name: str, values: Any, example: str) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise SparsityError(f"{name} takes a list of {example}, found {values!r}")
+    return list(values)
+
+
+def _globs(name: str, values: Any) -> tuple[str, ...]:
+    globs = _list(name, values, 'globs such as ["layer4.*", "fc"]')
+    for glob in globs:
+        if not isinstance(glob, str):
+            raise SparsityError(f"{name} takes globs of layer names as text, found {glob!r}")
+    return tuple(globs)
+
+
+def _class_name(kind: Any) -> str:
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return class_name(kind)
+    if isinstance(kind, str) and ":" in kind:
+        return kind
+    raise SparsityError(f'trust takes classes of layers or text as "package.module:Class", found {kind!r}')
 
 
 def _matches(glob: str, name: str) -> bool:

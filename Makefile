@@ -56,4 +56,4 @@ docs: .venv/.docs
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON_IN_VENV) -m mkdocs build --quiet
 
 clean:
-	rm -rf .venv .venv-oldest build dist site runs *.egg-info
+	rm -rf .venv .venv-oldest .venv*.lock build dist site *.egg-info

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -29,12 +28,13 @@ from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line, termination
 from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
+from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.recipes import difference
-from nm_sparsity.core.experiments.run import FINALIZED, METRICS, Run, read_metrics, write_json
+from nm_sparsity.core.experiments.run import FINALIZED, Run, forget_metrics_after, write_json
 from nm_sparsity.core.experiments.user_model import parse_arguments
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
-from nm_sparsity.core.files.metadata import METADATA, find_parts
+from nm_sparsity.core.files.metadata import DAMAGE, METADATA, find_parts
 from nm_sparsity.core.model.strength import warn_if_strength_is_weak
 
 SUMMARY = "summary.json"
@@ -47,7 +47,7 @@ def train(config: ClassifierConfig, progress: bool = True) -> dict[str, Any]:
     Raises:
         SparsityError: for anything the user can fix; checkpoints written so far stay.
     """
-    with distributed.processes(config.device) as device:
+    with held(config.folder), distributed.processes(config.device) as device:
         return Trainer(config, device, progress).fit()
 
 
@@ -338,8 +338,7 @@ class Trainer:
 
     def _save(self, *names: str) -> None:
         """Write the run's state; its ``state_dict`` is that of the evaluated model, sparse as it stands."""
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
-            raise self._diverged("the weights became infinite or NaN")
+        self._check_weights()
         distributed.average_buffers(self.model)
         generators = distributed.gather(torch.get_rng_state())
         if distributed.rank() > 0:
@@ -363,11 +362,23 @@ class Trainer:
             save(self.config.folder / name, {**payload, "training": training})
         self.saved = self.position.step
 
+    def _check_weights(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            raise self._diverged("the weights became infinite or NaN")
+
     def _resume(self) -> None:
         path = self.config.folder / LATEST
         payload = load(path)
-        if not isinstance(payload, dict) or "training" not in payload:
-            raise CheckpointError(f"{path} is not a checkpoint to resume from")
+        try:
+            self._resume_from(path, payload)
+        except SparsityError:
+            raise
+        except (*DAMAGE, RuntimeError) as error:
+            raise CheckpointError(f"{path} is not a checkpoint to resume from ({error!r:.200})") from error
+        if distributed.rank() == 0:
+            forget_metrics_after(self.config.folder, self.position.step)
+
+    def _resume_from(self, path: Path, payload: Any) -> None:
         changed = difference(payload["config"], self.config)
         if changed:
             raise SparsityError(f"{path} is of a run with another config ({'; '.join(changed)}); choose another --out")
@@ -390,8 +401,7 @@ class Trainer:
         self.saved = self.position.step
         if distributed.rank() < len(training["generators"]):
             torch.set_rng_state(training["generators"][distributed.rank()])
-        if distributed.rank() == 0:
-            _forget_after(self.config.folder, self.position.step)
+        self._check_weights()
 
 
 def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -404,12 +414,6 @@ def _optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimiz
 
 def _named(prefix: str, accuracy: Accuracy) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in asdict(accuracy).items()}
-
-
-def _forget_after(run: Path, step: int) -> None:
-    """Drop the metrics that an interrupted run wrote after its last checkpoint."""
-    kept = [line for line in read_metrics(run) if line["step"] <= step]
-    (run / METRICS).write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 @command_line

@@ -19,6 +19,7 @@ import tyro
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
 from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.detection import PACKAGES
@@ -155,7 +156,9 @@ def train(
     if print_config:
         print(loaded.pretty_text)
         return
-    run(loaded, out or Path("runs") / Path(config).stem, seed, resume, launcher)
+    folder = out or Path("runs") / Path(config).stem
+    with held(folder):
+        run(loaded, folder, seed, resume, launcher)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,43 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path, python: object, exp
     assert expected in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / ".venv").exists()
+
+
+def test_two_at_once_install_once(tmp_path: Path) -> None:
+    """The second one waits, and finds what it wants there."""
+    (tmp_path / "constraints.txt").touch()
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    for name, text in {
+        "python": "true",
+        "pip": "echo begin >> log; touch started; while [ ! -e go ]; do sleep 0.02; done; echo end >> log",
+    }.items():
+        (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tools / name).chmod(0o755)
+    python = fake_python(tmp_path, "3.11.2", True)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(SETUP, tmp_path / ".ci" / "setup")
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(tmp_path / ".ci" / "setup"), "benchmarks"],
+            env={**os.environ, "PYTHON": python},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with start() as first:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        with start() as second:
+            assert second.stderr is not None
+            assert "waiting for another make" in second.stderr.readline()
+            (tmp_path / "go").touch()
+            assert (first.wait(), second.wait()) == (0, 0)
+    assert (tmp_path / "log").read_text() == "begin\nend\n"
+
+
+def test_clean_leaves_what_was_trained() -> None:
+    lines = (SETUP.parent.parent / "Makefile").read_text().partition("\nclean:\n")[2]
+    assert lines.startswith("\trm -rf .venv")
+    assert not {"runs", "data"} & set(lines.split())

@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -26,7 +25,7 @@ import sentencepiece
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.folders import make_folder
+from nm_sparsity.core.experiments.folders import appearing, make_folder
 from nm_sparsity.translation import corpora
 from nm_sparsity.translation.stock import options, preprocess
 
@@ -279,20 +278,14 @@ def prepare(
     bpe = learn_bpe((text for row in splits["train"] for text in row), vocabulary)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=bpe).get_piece_size()
     prepared = Prepared(corpus, languages, pieces, seed, counts)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    try:
+    with appearing(out) as folder:
         for name in SPLITS:
             for column, language in enumerate(languages):
                 text = "".join(f"{row[column]}\n" for row in splits[name])
-                (partial / f"{name}.{language}").write_text(text, "utf-8")
-        (partial / "spm.model").write_bytes(bpe)
-        binarize(partial, languages)
-        (partial / "prepared.json").write_text(json.dumps(asdict(prepared), indent=2) + "\n")
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                (folder / f"{name}.{language}").write_text(text, "utf-8")
+        (folder / "spm.model").write_bytes(bpe)
+        binarize(folder, languages)
+        (folder / "prepared.json").write_text(json.dumps(asdict(prepared), indent=2) + "\n")
     return prepared
 
 

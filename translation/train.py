@@ -11,13 +11,15 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
+from itertools import pairwise
 
 import torch
 
 from nm_sparsity.core import CheckpointError, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.folders import make_folder
+from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.recipes import OPTIONS, difference
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
 from nm_sparsity.translation import PACKAGES, plugin
@@ -37,8 +39,14 @@ def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
     if config.sparsity.make_method().starts_trained and config.init_from is None:
         raise SparsityError(f"{config.sparsity.method} prunes a trained dense model: name its run with --init-from")
     arguments = [*config.arguments(), *more]
+    # Where processes are started one by one, the first one holds the folder for all.
+    others = any(int(rank) > 0 for option, rank in pairwise(more) if option == "--distributed-rank" and rank.isdigit())
+    with nullcontext() if others else held(config.folder):
+        _train(config, more, arguments, prepared)
+
+
+def _train(config: TransformerConfig, more: Sequence[str], arguments: Sequence[str], prepared: Prepared) -> None:
     _check_folder(config)
-    make_folder(config.folder)
     write_json(config.folder / CONFIG, {"config": config.to_dict(), OPTIONS: list(more), "corpus": asdict(prepared)})
     write_json(config.folder / ENVIRONMENT, environment(config.seed, PACKAGES))
     print(shlex.join(["fairseq-train", *arguments]), flush=True)

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import present_names
 from nm_sparsity.core.experiments.comparison import Row, draw, results_table, write_report
-from nm_sparsity.core.experiments.folders import make_folder
+from nm_sparsity.core.experiments.folders import held, make_folder
 from nm_sparsity.core.experiments.run import FINALIZED, write_json
 from nm_sparsity.core.experiments.study import COMMANDS, Choice, Choices, Run, Study, has_decay
 
@@ -26,7 +26,11 @@ def conduct(study: Study) -> list[Row]:
     Raises:
         SparsityError: if the data is missing, a folder holds another run, or a run fails, with the end of its log.
     """
-    make_folder(study.out)
+    with held(study.out):
+        return _conduct(study)
+
+
+def _conduct(study: Study) -> list[Row]:
     study.prepare()
     candidates = study.candidates()
     trying = [run for by_decay in candidates.values() for runs in by_decay.values() for run in runs]

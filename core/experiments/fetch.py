@@ -27,7 +27,11 @@ def debian(packages: Sequence[str], into: Path) -> None:
         for package in missing:
             (file,) = folder.glob(f"{package}_*.deb")
             _run(["dpkg-deb", "-x", file.name, package], folder, way_out)
-            (folder / package).rename(into / package)
+            try:
+                (folder / package).rename(into / package)
+            except OSError:
+                if not (into / package).is_dir():  # Another process may have been quicker.
+                    raise
 
 
 def _run(command: Sequence[str], folder: Path, way_out: str) -> None:

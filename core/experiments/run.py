@@ -123,15 +123,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` in a run folder.
+    """The lines of ``metrics.jsonl`` in a run folder, without a last one that was cut off when the run was.
 
     Raises:
-        SparsityError: if there is no such file.
+        SparsityError: if there is no such file, or another line is damaged.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
         raise SparsityError(f"{folder} is not a run folder: it has no {METRICS}")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_bytes().splitlines()
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            float(found["step"])
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            if number < len(lines):
+                raise SparsityError(f"{path}, line {number} is damaged: remove it") from error
+        else:
+            metrics.append(found)
+    return metrics
+
+
+def forget_metrics_after(folder: str | Path, step: int) -> None:
+    """Drop the metrics that an interrupted run wrote after the `step` of its checkpoint, and a line that was cut off.
+
+    Raises:
+        SparsityError: if a line is damaged, or the file cannot be written.
+    """
+    path = Path(folder) / METRICS
+    kept = [line for line in read_metrics(folder) if line["step"] <= step] if path.is_file() else []
+    with replacing(path) as file:
+        file.writelines((json.dumps(line) + "\n").encode() for line in kept)
 
 
 def _commit() -> str | None:

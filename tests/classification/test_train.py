@@ -19,8 +19,8 @@ from nm_sparsity.classification.configs import ClassifierConfig
 from nm_sparsity.classification.train import Trainer, learning_rates, train
 from nm_sparsity.core import CheckpointError, NMPattern, SparsityError, verify
 from nm_sparsity.core.experiments.run import read_metrics
-from nm_sparsity.core.files.io import load
-from nm_sparsity.core.files.metadata import find_parts
+from nm_sparsity.core.files.io import load, save
+from nm_sparsity.core.files.metadata import METADATA, find_parts
 
 Tiny = Callable[..., ClassifierConfig]
 
@@ -152,6 +152,37 @@ def test_dropout_resumes_too(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mon
         train(parts)
     train(replace(parts, resume=True))
     assert losses(parts) == losses(whole)
+
+
+def test_a_resume_needs_no_metrics_and_refuses_damage(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(checkpoint_every=5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 6)
+        train(config)
+    (config.folder / "metrics.jsonl").unlink()
+    latest = config.folder / "latest.pt"
+    whole = load(latest)
+    training = whole["training"]
+    weights = {name: torch.full_like(w, torch.nan) for name, w in whole["state_dict"].items() if w.is_floating_point()}
+    for damaged in (
+        5,
+        {**whole, "config": None},
+        {**whole, "training": []},
+        {**whole, "training": {**training, "position": {"step": "x"}}},
+        {**whole, "training": {**training, "position": {"stop": 1}}},
+        {**whole, "training": {**training, "optimizer": {"state": {}}}},
+        {**whole, "training": {**training, "generators": [torch.zeros(3)]}},
+        {**whole, "state_dict": {**whole["state_dict"], **weights}},
+        {key: value for key, value in whole.items() if key != METADATA},
+    ):
+        save(latest, damaged)
+        with pytest.raises(SparsityError):
+            train(replace(config, resume=True))
+    save(latest, whole)
+    train(replace(config, resume=True))
+    assert [line["step"] for line in read_metrics(config.folder) if "loss" in line] == [6, 7, 8, 9, 10]
 
 
 def test_golden_losses(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nm_sparsity.core import SparsityConfig, SparsityError
-from nm_sparsity.core.experiments.run import Run, read_metrics
+from nm_sparsity.core.experiments.run import METRICS, Run, forget_metrics_after, read_metrics
 from nm_sparsity.core.table import format_table
 
 
@@ -27,6 +27,24 @@ def test_a_run_folder_says_what_where_and_what_came_out(tmp_path: Path) -> None:
     with Run(tmp_path / "run", None, resume=True) as run:
         run.log(3, {"loss": 0.1})
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 3, "lo', '{"step": 3', "\\x00\\x00", "3", "{}", '{"step": "x"}'])
+def test_a_last_line_that_was_cut_off_is_no_obstacle(tmp_path: Path, cut: str) -> None:
+    lines = [{"step": step, "loss": 1 / step} for step in (1, 2)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / METRICS).write_text(text + cut)
+    assert read_metrics(tmp_path) == lines
+    forget_metrics_after(tmp_path, 1)
+    assert (tmp_path / METRICS).read_text() == text.splitlines()[0] + "\n"
+    (tmp_path / METRICS).write_text(cut + "\n" + text)
+    with pytest.raises(SparsityError, match=r"metrics\.jsonl, line 1 is damaged"):
+        read_metrics(tmp_path)
+
+
+def test_a_run_without_metrics_can_go_on(tmp_path: Path) -> None:
+    forget_metrics_after(tmp_path, 7)
+    assert read_metrics(tmp_path) == []
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

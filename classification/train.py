@@ -35,7 +35,7 @@ from nm_sparsity.core.experiments.user_model import parse_arguments
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import DAMAGE, METADATA, find_parts
-from nm_sparsity.core.model.strength import warn_if_strength_is_weak
+from nm_sparsity.core.model.strength import planned_strength, warn_if_strength_is_weak
 
 SUMMARY = "summary.json"
 """Written last: a run folder that has it is complete."""
@@ -87,12 +87,11 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(self.splits.train, config)
         self.lr = learning_rates(config, self.steps_per_epoch)
         self.console = Console(config, self.lr, self.steps_per_epoch, progress)
-        decay = config.sparsity.make_method().hyperparameters().get("decay")
-        self.strength = None if decay is None else decay * sum(self.lr)
+        self.strength = planned_strength(config.sparsity.make_method(), self.lr)
 
         torch.manual_seed(config.seed)
         self.model = self._initial_model()
-        self.report = config.sparsity.sparsify(self.model)
+        self.report = config.sparsity.sparsify(self.model, total_steps=len(self.lr))
         self.format = torch.channels_last if config.channels_last else torch.preserve_format
         self.model.to(device).to(memory_format=self.format)
         self.ema = None

@@ -53,7 +53,7 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "exclude": _GLOBS,
     "trust": ((list, tuple), 'a list of classes, e.g. ["package.module:MyConv"]'),
     "patterns": (Mapping, 'globs and their patterns, e.g. {"backbone.*": "1:4"}'),
-    "decay": ((int, float), "a number"),
+    "decay": ((int, float, str), "a number or a schedule"),
     "hyperparameters": (Mapping, 'names and values, e.g. {"ramp": 1000}'),
     "interval": (int, "a number of iterations"),
 }
@@ -123,7 +123,8 @@ class NMSparseHook(Hook):  # type: ignore[misc]
         # The runner initialises the weights only after this hook, and its init functions would miss the shadow weights.
         runner._init_model_weights()
         runner._init_model_weights = lambda: None  # a second call would only log a warning
-        self.report = self.config.sparsify(_unwrapped(runner))
+        parts = getattr(runner.optim_wrapper, "_accumulative_counts", 1)
+        self.report = self.config.sparsify(_unwrapped(runner), total_steps=-(-runner.max_iters // parts))
         print_log(f"sparse model:\n{self.report}", logger="current")
         runner.register_hook(_SaveSparse())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -26,6 +27,7 @@ _FOLLOWED = {
     "memory_efficient_bf16": (bool, "common.memory_efficient_bf16"),
     "ddp_backend": (str, "distributed_training.ddp_backend"),
     "log_interval": (int, "common.log_interval"),
+    "max_update": (int, "optimization.max_update"),
 }
 
 
@@ -46,9 +48,8 @@ def add_options(config: type) -> Any:
         if field.name in MAPPINGS:
             text += f" {MAPPINGS[field.name]},..."
         # fairseq reads typing.Optional and no newer spelling.
-        kind: Any = float if field.name == "decay" else str
         default = dataclasses.field(default=field.default if plain else None, metadata={"help": text})
-        fields.append((PREFIX + field.name, kind if plain else Optional[kind], default))  # noqa: UP045
+        fields.append((PREFIX + field.name, str if plain else Optional[str], default))  # noqa: UP045
     fields += [(name, kind, II(followed)) for name, (kind, followed) in _FOLLOWED.items()]
     return dataclasses.make_dataclass(f"NM{config.__name__}", fields, bases=(config,))
 
@@ -64,6 +65,9 @@ def sparsity_config(task_config: Any) -> SparsityConfig:
         raise SparsityError(
             f'nm_pattern is the number {values["pattern"]}: YAML reads N:M as one of base 60, so quote it: "2:4"'
         )
+    if isinstance(values["decay"], str):
+        with contextlib.suppress(ValueError):
+            values["decay"] = float(values["decay"])
     for name in ("include", "exclude", "trust"):
         values[name] = _list(values[name])
     for name, form in MAPPINGS.items():

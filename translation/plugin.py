@@ -100,7 +100,7 @@ class SparseTask:
         if not config.include:
             names = {name for name, _ in model.named_modules()}
             config = replace(config, include=tuple(name for name in LAYERS if name in names))
-        report = config.sparsify(model)
+        report = config.sparsify(model, total_steps=self.nm_config.max_update or None)
         if not from_checkpoint:
             logger.info("sparsity:\n%s", report)
         return model

@@ -2,7 +2,8 @@
 
 `split` gives the masked weights under the dense model's names, loadable by anyone with the accuracy of the sparse
 model, and beside them the dropped values, from which `restore` rebuilds the dense shadow weights bit for bit. The mask
-itself is not stored: masking what was kept keeps the same entries, since dropped ones are never larger.
+itself is not stored: masking what was kept keeps the same entries, since dropped ones are never larger. Where a
+method's values are no selection of the shadow weights, those lie beside them whole.
 """
 
 from __future__ import annotations
@@ -37,15 +38,26 @@ def split(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> tupl
     """
     model = unwrap(model)
     state = dict(model.state_dict() if state_dict is None else state_dict)
-    names, dropped, tied = _names(model), {}, {}
+    names, dropped, shadows, tied, unfinished = _names(model), {}, {}, {}, ""
     for name, param, weight in sparse_weights(model):
-        shadow = _whole(state[name])
-        dropped[name] = shadow[~masks.nm_mask(shadow, weight.pattern, weight.dims)]
-        masked = masks.keep_largest(shadow, weight.pattern, weight.dims)
-        state.update(dict.fromkeys(names[id(param)], masked))
+        shadow = _whole(state[name]).detach()
+        value = weight.value(shadow)
+        if weight.batched or torch.equal(value, masks.keep_largest(shadow, weight.pattern, weight.dims)):
+            dropped[name] = shadow[~masks.nm_mask(shadow, weight.pattern, weight.dims)]
+        else:
+            shadows[name] = shadow
+            unfinished = unfinished or weight.why_unfinished(name, value)
+        state.update(dict.fromkeys(names[id(param)], value))
         tied.update({alias: name for alias in names[id(param)] if alias != name})
     state = {name: _whole(value) for name, value in state.items()}
-    metadata = replace(Metadata.of(model), dropped=dropped, tied=tied, state=sparsity_state(model))
+    metadata = replace(
+        Metadata.of(model),
+        unfinished=unfinished,
+        dropped=dropped,
+        shadows=shadows,
+        tied=tied,
+        state=sparsity_state(model),
+    )
     return state, metadata.to_dict()
 
 
@@ -64,6 +76,7 @@ def merge(state_dict: Mapping[str, Any], metadata: Metadata | Mapping[str, Any])
         shadow = state[name].clone()
         shadow[gaps] = dropped.to(shadow)
         state[name] = shadow
+    state.update(metadata.shadows)
     state.update({alias: state[name] for alias, name in metadata.tied.items()})
     return state
 
@@ -124,6 +137,7 @@ def sparsity_state(model: nn.Module) -> dict[str, dict[str, Any]]:
     """
     return {
         name: {
+            "steps": int(weight.steps),
             "lr_sum": float(weight.lr_sum),
             "preconditioned": weight.preconditioned,
             "state": {key: _gathered(value, param) for key, value in weight.memory.items()},
@@ -142,6 +156,7 @@ def load_sparsity_state(model: nn.Module, state: Mapping[str, Mapping[str, Any]]
     for name, memory in state.items():
         param, weight = weights[name]
         weight.memory = {key: _shard(value, param) for key, value in memory["state"].items()}
+        weight.steps.fill_(memory.get("steps", 0))
         weight.lr_sum = memory["lr_sum"]
         weight.preconditioned = memory["preconditioned"]
 

@@ -20,8 +20,8 @@ from nm_sparsity.core.pattern import Placement, Table
 METADATA = "nm_sparsity"
 """The key of this entry in every checkpoint file of ours, beside the state dict."""
 
-FORMAT = 1
-"""The format that is written. Older ones are read; a newer one is refused."""
+FORMAT = 2
+"""The format that is written. Older ones are read; a newer one is refused. Format 1 knew no `shadows`."""
 
 DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 """What reading an entry that is not of the expected kind ends in."""
@@ -31,15 +31,20 @@ _PREFIXES = ("module.", "_orig_mod.")
 
 @dataclass(frozen=True)
 class Metadata:
-    """The entry's content. `dropped`, `tied` and `state` are what a resume needs; a finalized file has none of them."""
+    """The entry's content. `dropped`, `shadows`, `tied` and `state` are what a resume needs; a finalized file has none
+    of them."""
 
     method: str
     hyperparameters: dict[str, Any]
     layout: str
     layers: Table
     """The sparse weights: the only truth of what is N:M, mixed patterns included."""
+    unfinished: str = ""
+    """Why the weights are not N:M yet, if they are not."""
     dropped: dict[str, Tensor] = field(default_factory=dict)
     """Of each sparse weight, the values of the entries that are zero in the state dict, in memory order."""
+    shadows: dict[str, Tensor] = field(default_factory=dict)
+    """The dense weights of which the values in the state dict are no selection; they have no entry in `dropped`."""
     tied: dict[str, str] = field(default_factory=dict)
     """Other name -> the name in `layers`, of weights with several names."""
     state: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,7 +84,9 @@ class Metadata:
             hyperparameters=read("hyperparameters", _dict_of(_anything)),
             layout=read("layout", _of(str)),
             layers=read("layers", _dict_of(Placement.from_plain)),
+            unfinished=read("unfinished", _of(str), ""),
             dropped=read("dropped", _dict_of(_of(Tensor)), {}),
+            shadows=read("shadows", _dict_of(_of(Tensor)), {}),
             tied=read("tied", _dict_of(_of(str)), {}),
             state=read("state", read_state, {}),
         )
@@ -99,6 +106,9 @@ class Metadata:
             if values.dim() != 1 or why_not_counted(values):
                 found = why_not_counted(values) or f"they have shape {tuple(values.shape)}"
                 raise CheckpointError(f"the dropped values of {name} in {where} are damaged: {found}")
+        for name, shadow in self.shadows.items():
+            if name not in self.layers or shadow.shape != state[name].shape:
+                raise CheckpointError(f"{where} holds dense weights of {name} that do not fit its sparse ones")
         for alias, name in self.tied.items():
             if name not in state:
                 raise CheckpointError(f"{where} ties {alias} to {name}, which it does not hold")
@@ -113,12 +123,18 @@ class Metadata:
             "layout": self.layout,
             "layers": layers,
         }
-        resume = {"dropped": dict(self.dropped), "tied": dict(self.tied), "state": dict(self.state)}
-        return {**entry, **{key: value for key, value in resume.items() if value}}
+        more = {
+            "unfinished": self.unfinished,
+            "dropped": dict(self.dropped),
+            "shadows": dict(self.shadows),
+            "tied": dict(self.tied),
+            "state": dict(self.state),
+        }
+        return {**entry, **{key: value for key, value in more.items() if value}}
 
     def finalized(self) -> Metadata:
         """This without what only a resume needs."""
-        return replace(self, dropped={}, tied={}, state={})
+        return replace(self, dropped={}, shadows={}, tied={}, state={})
 
 
 def why_not_placed(value: Any, placement: Placement) -> str:

@@ -143,6 +143,8 @@ def _of_file(
     target: Mapping[str, Any] | str | Path, expected: NMPattern | None, rules: Rules
 ) -> tuple[str, list[Check]]:
     contents = read(target)
+    if contents.metadata is not None and contents.metadata.unfinished:
+        raise VerificationError(f"{contents.where}: {contents.metadata.unfinished}; train to the end")
     if contents.metadata is not None:
         return contents.where, _by_table(contents.state, contents.metadata, expected, rules, contents.where)
     if expected is None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import NoneType
 from typing import Any, ClassVar, get_args, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.methods.schedules import Schedule
 from nm_sparsity.core.pattern import NMPattern, Placement
+
+AUTO_UNTIL = 0.5
+"""The fraction of the run at which ``precondition="auto"`` ends the dense phase at the latest."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +28,71 @@ class Method:
     """How sparse weights are trained. Hyperparameters are the dataclass fields; the pattern is not one of them.
 
     A method is stateless: what it remembers of a weight, it keeps in ``state.memory`` (tensors and numbers only),
-    which checkpoints carry.
+    which checkpoints carry. The fields here are options of every method, which `nm_sparsity.core.training` carries
+    out.
+
+    Raises:
+        SparsityError: for an option out of range.
     """
 
     name: ClassVar[str]
     trains_sparse: ClassVar[bool] = True
     starts_trained: ClassVar[bool] = False
     """Whether it prunes a trained model: commands then ask for one to start from."""
+
+    total_steps: int | None = field(default=None, kw_only=True)
+    """The optimizer steps of the whole run, which schedules and fractions of the run refer to."""
+    dense_until: float = field(default=0.0, kw_only=True)
+    """The fraction of the run before which weights are dense."""
+    precondition: float | str | None = field(default=None, kw_only=True)
+    """STEP: dense until this fraction of the run, or "auto", from where on Adam's second moment is held."""
+    fix_at: float | None = field(default=None, kw_only=True)
+    """The fraction of the run at which the mask is fixed for the rest."""
+
+    def __post_init__(self) -> None:
+        if self.total_steps is not None and self.total_steps < 1:
+            raise SparsityError(
+                f"total_steps must be the number of optimizer steps, at least 1, found {self.total_steps}"
+            )
+        for name in ("dense_until", "precondition", "fix_at"):
+            value = getattr(self, name)
+            if value is not None and not (value == "auto" if isinstance(value, str) else 0 <= value <= 1):
+                expected = "a fraction of the run, from 0 to 1" + (', or "auto"' if name == "precondition" else "")
+                raise SparsityError(f"{name} must be {expected}, found {value}")
+        if self.precondition is not None and self.dense_until:
+            raise SparsityError("precondition trains dense at first, too: leave dense_until out")
+
+    @property
+    def starts_dense(self) -> bool:
+        """Whether weights are dense at first."""
+        return self.precondition is not None or self.dense_until > 0
+
+    @property
+    def latest_start(self) -> float:
+        """The fraction of the run at which weights become sparse at the latest."""
+        return max(self.dense_until, AUTO_UNTIL if self.precondition == "auto" else float(self.precondition or 0))
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether anything changes over the run, so that its length must be known."""
+        return self.starts_dense or bool(self.fix_at) or any(isinstance(v, Schedule) for v in vars(self).values())
+
+    def check_total_steps(self) -> None:
+        """Raise unless the length of the run is known where it is needed.
+
+        Raises:
+            SparsityError: telling how to give it.
+        """
+        if self.scheduled and self.total_steps is None:
+            raise SparsityError(
+                f'method "{self.name}" as given changes over the run: give total_steps, the number of its optimizer '
+                "steps, e.g. sparsify(..., total_steps=10_000)"
+            )
+
+    def now(self, hyperparameter: str, state: WeightState) -> float | Tensor:
+        """What `hyperparameter` is at the step of `state`: itself, or a scheduled one's value as a 0-dim tensor."""
+        value: Any = getattr(self, hyperparameter)
+        return value.at(state.progress) if isinstance(value, Schedule) else value
 
     def value(self, w: Tensor, state: WeightState) -> Tensor:
         """What a layer computes with for the shadow weight `w`, in its shape and dtype, without autograd.
@@ -45,8 +109,11 @@ class Method:
         """Change weights in place, right after the optimizer's update."""
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The hyperparameters by name."""
-        return asdict(self)
+        """The method's own hyperparameters by name, and the options that are set; schedules as text."""
+        options = [option.name for option in fields(Method)]
+        shown = [f.name for f in fields(self) if f.name not in options or getattr(self, f.name) != f.default]
+        values = {name: getattr(self, name) for name in sorted(shown, key=options.__contains__)}
+        return {name: str(value) if isinstance(value, Schedule) else value for name, value in values.items()}
 
 
 @dataclass
@@ -67,6 +134,18 @@ class Step:
     ``step``, negative where the optimizer maximizes, 0 where the step moves no weight."""
     moves: bool = True
     """False where the learning rate is 0: no memory of a method should begin with such a step."""
+    counts: int | Tensor = 1
+    """0 where the step is none: its learning rate and all gradients are 0."""
+    fixing: Tensor | None = None
+    """Whether the masks are fixed at this step, as a 0-dim tensor; None where it is known that they are not."""
+    sharded_over: Sequence[dist.ProcessGroup] = ()
+    """The process groups over which the rows of the weights are sharded."""
+
+    def over_ranks(self, sums: Tensor) -> Tensor:
+        """`sums` over the rows of this rank, summed over all ranks that hold rows of the same weights; in place."""
+        for group in self.sharded_over:
+            dist.all_reduce(sums, group=group)
+        return sums
 
 
 @dataclass(slots=True)  # every read of a weight looks into it
@@ -77,6 +156,8 @@ class WeightState:
     dims: tuple[int, ...]
     method: Method
     memory: dict[str, Any] = field(default_factory=dict)
+    steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), compare=False)
+    """How many optimizer steps of the run are done, on the weight's device; counted where the method is scheduled."""
     lr_sum: float | Tensor = 0.0
     """Sum of the learning rates of all optimizer steps so far: lambda * lr_sum is the strength of the decay."""
     preconditioned: bool = False
@@ -98,11 +179,47 @@ class WeightState:
     @property
     def batched(self) -> bool:
         """Whether values come from `keep_largest`, for all weights of a model at once."""
-        return type(self.method).value is Method.value
+        return type(self.method).value is Method.value and not self.method.starts_dense
+
+    @property
+    def progress(self) -> Tensor:
+        """The fraction of the run that is done, as a 0-dim tensor on the weight's device."""
+        assert self.method.total_steps is not None  # `sparsify` has checked
+        return self.steps / self.method.total_steps
+
+    def boundary(self, fraction: float) -> int:
+        """The first step at which `fraction` of the run is done."""
+        return math.ceil(fraction * (self.method.total_steps or 0) - 1e-6)
+
+    def reached(self, fraction: float) -> Tensor:
+        """Whether `fraction` of the run is done, as a 0-dim tensor on the weight's device."""
+        return self.steps >= self.boundary(fraction)
+
+    @property
+    def dense(self) -> Tensor:
+        """Whether the weight is dense yet, as a 0-dim tensor on the weight's device."""
+        method = self.method
+        if method.precondition == "auto":
+            held = self.memory.get("held", torch.zeros_like(self.steps, dtype=torch.bool))
+            return ~held.to(self.steps.device)
+        return ~self.reached(method.latest_start)
+
+    def why_unfinished(self, name: str, value: Tensor) -> str:
+        """Why the `value` of the weight called `name` is not N:M: where its method is in the run; empty if it is."""
+        if masks.satisfies(value, self.pattern, self.dims):
+            return ""
+        where = f"at step {int(self.steps):,} of {self.method.total_steps:,} of method"
+        return f'{where} "{self.method.name}", {name} is not {self.pattern} yet'
 
     def value(self, w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The method's value for the shadow weight `w`, without autograd, rounded to `dtype` if one is given."""
+        if self.steps.device != w.device:
+            return replace(self, steps=self.steps.to(w.device)).value(w, dtype)
         value = self.method.value(w, self)
+        if self.method.starts_dense:
+            value = torch.where(self.dense, w.detach(), value)
+        if value.stride() != w.stride():  # the same product in other strides may round otherwise
+            value = torch.empty_like(w).copy_(value)
         return (value if dtype is None else value.to(dtype)).data  # with a version counter that starts at 0
 
 
@@ -134,10 +251,11 @@ def make_method(name: str | Method, **hyperparameters: Any) -> Method:
         return name
     if name not in _METHODS:
         raise SparsityError(f'unknown method "{name}"; known methods: {", ".join(method_names())}')
-    known = [f.name for f in fields(_METHODS[name])]
+    options = [f.name for f in fields(Method)]
+    own = [f.name for f in fields(_METHODS[name]) if f.name not in options]
     for key, value in hyperparameters.items():
-        if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        if key not in (*own, *options):
+            takes = f"it takes {', '.join(own) or 'none of its own'}, and as every method {', '.join(options)}"
             raise SparsityError(f'method "{name}" has no hyperparameter "{key}"; {takes}')
         if isinstance(value, str):
             kind = get_type_hints(_METHODS[name])[key]
@@ -147,8 +265,8 @@ def make_method(name: str | Method, **hyperparameters: Any) -> Method:
 
 
 def _parse(text: str, kind: Any, what: str) -> Any:
-    """The value of type `kind` that `text` stands for; of a union, the first type that fits."""
-    kinds = get_args(kind) or (kind,)
+    """The value of type `kind` that `text` stands for; of a union, the first type that fits, text last."""
+    kinds = sorted(get_args(kind) or (kind,), key=lambda option: option is str)
     for option in kinds:
         if option is str:
             return text
@@ -156,8 +274,10 @@ def _parse(text: str, kind: Any, what: str) -> Any:
             return None
         if option is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
+        if option is Schedule and "(" in text:
+            return Schedule.parse(text)
         if option in (int, float):
             with suppress(ValueError):
                 return option(text)
-    names = " or ".join("None" if option is NoneType else option.__name__ for option in kinds)
+    names = " or ".join("None" if option is NoneType else option.__name__.lower() for option in kinds)
     raise SparsityError(f'{what} must be {names}, found "{text}"')

@@ -5,7 +5,9 @@ ICLR 2021, arXiv 2102.04010, equation 5:
 
     W <- W - lr * (g(W~) + lambda * (1 - E) * W),   W~ = E * W,   E the N:M mask of W
 
-The decay of the dropped weights keeps them from coming back by chance, so masks settle.
+The decay of the dropped weights keeps them from coming back by chance, so masks settle. A lambda that grows over the
+run, ``linear(0, 2e-4)``, is annealed SR-STE: Huang et al., "Pruning Large Language Models with Semi-Structural Adaptive
+Sparse Training", arXiv 2407.20584.
 
 Deviations: the term is added to the gradient at the optimizer step and not in backward, so that lambda keeps its
 value under loss scaling, gradient accumulation, averaging over ranks and clipping. Without any of these the two agree.
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods.base import Method, Step, register
+from nm_sparsity.core.methods.schedules import Schedule
 
 
 @register
@@ -27,11 +30,13 @@ class SRSTE(Method):
     need a larger lambda (see `nm_sparsity.decay_strength`)."""
 
     name = "sr-ste"
-    decay: float = 2e-4
+    decay: float | Schedule = 2e-4
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.decay) and self.decay >= 0):
+        super().__post_init__()
+        least = self.decay.smallest if isinstance(self.decay, Schedule) else self.decay
+        if not (math.isfinite(least) and least >= 0):
             raise SparsityError(f"decay (lambda) must be a finite number >= 0, found {self.decay}")
 
     def before_step(self, step: Step) -> None:
-        step.batch.add_dropped_(step.grads, step.scale * self.decay)
+        step.batch.add_dropped_(step.grads, step.scale * self.now("decay", step.states[0]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -28,11 +28,12 @@ class SparsityConfig:
     pattern: str = "2:4"
     """N:M, keep N of every M consecutive weights."""
     method: str = "sr-ste"
-    """dense, ste, sr-ste or asp."""
-    decay: float | None = None
-    """SR-STE's lambda; None is the method's default (2e-4). Its strength is lambda * sum(lr)."""
+    """How weights are trained: dense, ste, sr-ste, s-ste, decaying, structure-decay or asp."""
+    decay: float | str | None = None
+    """SR-STE's lambda, a number or a schedule: linear(0, 2e-4). None is the method's default (2e-4)."""
     hyperparameters: Mapping[str, str | float] = field(default_factory=dict)
-    """The method's other hyperparameters by name, as values or as text."""
+    """The method's other hyperparameters, and options of every method such as dense_until, by name, as values or as
+    text."""
     layout: str = "channel"
     """channel (what sparse Tensor Cores need) or kernel (the paper's original)."""
     include: tuple[str, ...] = ()
@@ -58,14 +59,19 @@ class SparsityConfig:
             raise SparsityError("decay is given twice: as such and among the hyperparameters")
         return make_method(self.method, decay=self.decay, **self.hyperparameters)
 
-    def sparsify(self, model: nn.Module) -> SparsityReport:
+    def sparsify(self, model: nn.Module, total_steps: int | None = None) -> SparsityReport:
         """`sparsify` `model` as configured, in place.
+
+        Args:
+            total_steps: the optimizer steps of the run, where the hyperparameters do not say it.
 
         Raises:
             SparsityError: also if nothing becomes sparse, of which `sparsify` only warns: who configures a run asked
                 for a pattern.
         """
         method = self.make_method()
+        if method.total_steps is None:
+            method = replace(method, total_steps=total_steps)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="sparsify converted no layer")
             report = sparsify(model, method=method, **self._arguments())

@@ -41,7 +41,7 @@ def sparsify(
     Args:
         model: any module; a DistributedDataParallel is unwrapped.
         pattern: for every layer that nothing below names, e.g. ``"2:4"``.
-        method: ``"sr-ste"``, ``"ste"``, ``"asp"``, ``"dense"`` or a `Method` object.
+        method: the name of one, see `method_names`, or a `Method` object.
         layout: ``"channel"`` (M consecutive input channels: what sparse Tensor Cores need) or ``"kernel"``
             (M consecutive weights of a flattened filter: the paper's original).
         include: globs of the layers to convert; default all. A glob matches a layer or any ancestor of it.
@@ -51,7 +51,8 @@ def sparsify(
             ``"error"`` raises.
         trust: subclasses of supported layers, or ``"package.module:Class"``, that have a forward of their own and
             multiply in it with their weight as it is. Those that are not known to stay dense.
-        hyperparameters: the method's, e.g. ``decay=2e-4``.
+        hyperparameters: the method's, e.g. ``decay=2e-4``, and the options of every method, e.g. ``dense_until=0.1``;
+            what changes over the run needs ``total_steps``, the number of its optimizer steps.
 
     Returns:
         A report of every weight: its pattern, or why it stays dense. ``print(report)``.
@@ -62,6 +63,7 @@ def sparsify(
     """
     model = _convertible(model)
     chosen_method = make_method(method, **hyperparameters)
+    chosen_method.check_total_steps()
     rules = Rules.parse(pattern, layout, include, exclude, {} if patterns is None else patterns, remainder, trust)
 
     rules.check_trust(model)
@@ -96,7 +98,8 @@ def finalize(model: nn.Module) -> SparsityReport:
         A report of every weight that is now N:M.
 
     Raises:
-        SparsityError: if the model was never sparsified, is finalized already, or is still FSDP-wrapped.
+        SparsityError: if the model was never sparsified, is finalized already, is still FSDP-wrapped, or its method has
+            not made it N:M yet.
     """
     model = unwrap(model)
     found = record.live(model, "finalize")
@@ -109,6 +112,11 @@ def finalize(model: nn.Module) -> SparsityReport:
             )
         rows.append(WeightReport(name, "", tuple(param.shape), str(state.pattern)))
     _check_classes(model)
+    if reason := unfinished(model):
+        raise SparsityError(
+            f"cannot finalize {type(model).__name__}: {reason}; train to the end, or unsparsify it and sparsify it "
+            "with another method"
+        )
     warn_if_weak(model)
     if lost := record.lost(model):
         warnings.warn(
@@ -125,6 +133,15 @@ def finalize(model: nn.Module) -> SparsityReport:
     record.detach(model)
     record.attach(model, replace(found, table=table, weights={}))
     return SparsityReport(tuple(rows), sum(p.numel() for p in model.parameters()), found.method)
+
+
+def unfinished(model: nn.Module) -> str:
+    """Why the values of the sparse weights of `model` are not N:M yet: where its method is in the run; else empty."""
+    for name, param, state in sparse_weights(unwrap(model)):
+        sharded = isinstance(param, DTensor)
+        if not state.batched and not sharded and (reason := state.why_unfinished(name, state.value(param))):
+            return reason
+    return ""
 
 
 def unsparsify(model: nn.Module) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
+import torch
 from torch import nn
 
+from nm_sparsity.core.methods import Method, Schedule
 from nm_sparsity.core.model.layers import sparse_weights
 
 WEAK_DECAY = 0.1
@@ -17,15 +20,30 @@ def decay_strength(model: nn.Module) -> float | None:
 
     With plain SGD a weight that is dropped throughout shrinks by about exp(-strength), with momentum by
     exp(-strength / (1 - momentum)). About 6 in the paper's ImageNet run; below 0.1 SR-STE acts like STE. Adaptive
-    optimizers divide the term by the gradient's magnitude, which no such scale describes. ``None`` if the method has
+    optimizers divide the term by the gradient's magnitude, which no such scale describes. Of a scheduled lambda the
+    largest counts. ``None`` if the method has
     no decay or has not been stepped.
     """
     strengths = [
-        sparse.method.hyperparameters().get("decay", 0.0) * float(sparse.lr_sum)
+        _largest_decay(sparse.method) * float(sparse.lr_sum)
         for _, param, sparse in sparse_weights(model)
         if param.requires_grad
     ]
     return max(strengths, default=0.0) or None
+
+
+def planned_strength(method: Method, lrs: Sequence[float]) -> float:
+    """The sum of lambda * lr over the steps of a run, whose learning rates are `lrs`; 0 without a decay."""
+    decay = getattr(method, "decay", 0.0)
+    if not isinstance(decay, Schedule):
+        return float(decay) * sum(lrs)
+    steps = torch.arange(len(lrs), dtype=torch.float64)
+    return float((decay.at(steps / len(lrs)) * torch.tensor(lrs, dtype=torch.float64)).sum())
+
+
+def _largest_decay(method: Method) -> float:
+    decay = getattr(method, "decay", 0.0)
+    return decay.largest if isinstance(decay, Schedule) else float(decay)
 
 
 def warn_if_weak(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -27,7 +28,7 @@ from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.methods import Method, Step, WeightState
 from nm_sparsity.core.model import bank, layers
-from nm_sparsity.core.training import watchdog
+from nm_sparsity.core.training import phases, second_moment, watchdog
 
 _outside_graphs: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 """What torch.optim uses itself: a compiled step calls the hooks as they are."""
@@ -54,6 +55,7 @@ class _Part:
         self.states = [weight.state for weight in weights]
         self.counted = False
         self.sharded = any(isinstance(param, DTensor) for param in self.params)
+        self.groups = _sharding_groups(self.params[0])
         self.batch = Batch([_local(w.param, w.state) for w in weights], [w.state.placement for w in weights])
 
     def is_local(self) -> bool:
@@ -71,14 +73,20 @@ class _Part:
         # A fused optimizer divides by the loss scale inside step.
         scale = getattr(optimizer, "grad_scale", None)
         sign = -1.0 if group.get("maximize") else 1.0
-        scale = sign if scale is None else scale * sign
+        step = Step(self.states, self.batch, grads, sign if scale is None else scale * sign, sharded_over=self.groups)
         lr = group.get("lr")
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             # Not asked for its value. Whether all gradients are zero too would take a look at all of them.
-            return Step(self.states, self.batch, grads, scale * lr.ne(0))
-        if lr is None or float(lr):
-            return Step(self.states, self.batch, grads, scale)
-        return Step(self.states, self.batch, grads, scale * _any_nonzero(grads), moves=False)
+            step.scale = step.scale * lr.ne(0)
+        elif lr is not None and not float(lr):
+            step.moves, step.counts = False, _any_nonzero(grads)
+            step.scale = step.scale * step.counts
+        return step
+
+    def second_moments(self, optimizer: Optimizer) -> list[Tensor | None]:
+        """Adam's second moment of each weight, this rank's rows of it; None where there is none."""
+        found = [optimizer.state.get(param, {}).get("exp_avg_sq") for param in self.params]
+        return [v if v is None else _local(v, state) for v, state in zip(found, self.states, strict=True)]
 
     def count(self, step: Step, lr: float | Tensor, skipped: Tensor | None, preconditioned: bool) -> None:
         """Add the learning rate of a step to the sums, on the device where it or the skipping is known only there."""
@@ -95,6 +103,13 @@ class _Part:
         else:
             for state in treated:
                 state.lr_sum = state.lr_sum + lr
+        if self.method.scheduled:
+            done = step.counts if skipped is None else step.counts * (1 - skipped)
+            device = self.batch.weights[0].device
+            for state in self.states:
+                if state.steps.device != device:
+                    state.steps = state.steps.to(device)
+            torch._foreach_add_([state.steps for state in self.states], done)
         if not self.counted:
             for state in treated:
                 state.stepped = True
@@ -203,10 +218,13 @@ def _treat(optimizer: Optimizer, parts: list[_Part]) -> None:
     """Let each method change the gradients of its weights; the optimizer remembers which, until `_after_step`."""
     treated = optimizer.__dict__[_TREATED] = []
     for part in parts:
-        step = part.step(optimizer)
+        step, group = part.step(optimizer), optimizer.param_groups[part.group]
         if set(map(type, step.grads)) != {NoneType}:
+            phases.begin(step, part.method)
             part.method.before_step(step)
-            treated.append((part, step, optimizer.param_groups[part.group].get("lr")))
+            phases.mask_gradients(step)
+            held = second_moment.hold(step, part.method, optimizer, group, part.second_moments)
+            treated.append((part, step, group, group.get("lr"), held))
 
 
 @_outside_graphs
@@ -214,12 +232,22 @@ def _treat(optimizer: Optimizer, parts: list[_Part]) -> None:
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     bank.end_passes()
     skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer's, where gradients overflowed
-    for part, step, lr in optimizer.__dict__.pop(_TREATED, ()):
+    for part, step, group, lr, held in optimizer.__dict__.pop(_TREATED, ()):
+        second_moment.restore(held, step, part.method, group)
         part.method.after_step(step)
+        phases.mask_weights(step)
         part.count(step, 0.0 if lr is None else lr, skipped, not isinstance(optimizer, torch.optim.SGD))
 
 
-def _any_nonzero(grads: list[Tensor | None]) -> Tensor | float:
+def _sharding_groups(param: Tensor) -> list[ProcessGroup]:
+    """The process groups over which the rows of `param` are sharded."""
+    if not isinstance(param, DTensor):
+        return []
+    mesh = param.device_mesh
+    return [mesh.get_group(i) for i, placement in enumerate(param.placements) if placement == Shard(0)]
+
+
+def _any_nonzero(grads: list[Tensor | None]) -> Tensor | int:
     """1 if any gradient is not all zeros, else 0, on the device.
 
     A step with learning rate 0 and gradients of zeros is none: `torch.distributed.checkpoint` makes it to have
@@ -227,7 +255,7 @@ def _any_nonzero(grads: list[Tensor | None]) -> Tensor | float:
     """
     # An empty gradient is what FSDP2 leaves a rank of a weight with fewer rows than ranks.
     largest = torch._foreach_norm([grad for grad in grads if grad is not None and grad.numel()], torch.inf)
-    return torch.stack([norm.to(largest[0]) for norm in largest]).amax().ne(0) if largest else 0.0
+    return torch.stack([norm.to(largest[0]) for norm in largest]).amax().ne(0) if largest else 0
 
 
 def _own(optimizer: Optimizer, plan: _Plan) -> list[_Part]:

@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pytest
 import torch
@@ -29,8 +30,22 @@ from nm_sparsity.core.experiments.recipes import from_tree
 from nm_sparsity.core.experiments.run import as_json
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.methods import base, method_names
+from nm_sparsity.core.model.layers import sparse_weights
 
-every_method = pytest.mark.parametrize("name", method_names())
+STEPS = 6
+"""How long a run is here."""
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sr-ste growing": ("sr-ste", {"decay": "linear(0, 0.5)"}),
+    "sr-ste late": ("sr-ste", {"dense_until": 0.25}),
+    "s-ste late, then fixed": ("s-ste", {"dense_until": 0.2, "fix_at": 0.6}),
+    "ste, then fixed": ("ste", {"fix_at": 0.5}),
+    "sr-ste preconditioned": ("sr-ste", {"precondition": 0.4}),
+    "ste preconditioned": ("ste", {"precondition": "auto"}),
+}
+"""Methods with options and schedules, which go through the same tests as plain ones."""
+
+every_method = pytest.mark.parametrize("name", [*method_names(), *OPTIONS])
 
 BATCHES = torch.randn(6, 8, 16, generator=torch.Generator().manual_seed(1))
 
@@ -62,11 +77,14 @@ def _weak_decays_are_fine() -> Iterator[None]:
 def make(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(16, 16, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8))
-    sparsify(model, "2:4", method=name)
+    method, options = OPTIONS.get(name, (name, {}))
+    sparsify(model, "2:4", method=method, total_steps=STEPS, **options)
     return model
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    if any(state.method.precondition for _, _, state in sparse_weights(model)):
+        return torch.optim.AdamW(model.parameters(), lr=0.1)
     return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
 
@@ -100,10 +118,10 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 @every_method
 def test_a_config_is_the_method_through_json_and_through_text(name: str) -> None:
-    method = make_method(name)
+    method = make_method(OPTIONS[name][0], **OPTIONS[name][1]) if name in OPTIONS else make_method(name)
     values = method.hyperparameters()
     for hyperparameters in (values, {key: str(value) for key, value in values.items()}):
-        config = SparsityConfig(method=name, hyperparameters=hyperparameters)
+        config = SparsityConfig(method=method.name, hyperparameters=hyperparameters)
         assert config.make_method() == method
         assert from_tree(SparsityConfig, json.loads(json.dumps(as_json(config)))) == config
 
@@ -124,10 +142,14 @@ def test_a_resumed_run_is_the_whole_one_bit_for_bit(name: str) -> None:
 @every_method
 def test_copies_and_pickles_train_on_alike(name: str) -> None:
     model = make(name)
-    train(model, optimizer_of(model), range(3))
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(3))
+    memory = copy.deepcopy(optimizer.state_dict())
     others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
     for one in (model, *others):
-        train(one, optimizer_of(one), range(3, 6))
+        optimizer = optimizer_of(one)
+        optimizer.load_state_dict(copy.deepcopy(memory))
+        train(one, optimizer, range(3, 6))
     assert all(same(other, model) for other in others)
 
 
@@ -171,7 +193,8 @@ def test_text_becomes_the_type_of_the_field(ramped: None) -> None:
     assert config.make_method() == Ramped(0.5, 10, 0.5, True, "cosine")
     assert SparsityConfig(method="ramped", hyperparameters={"start": "none"}).make_method() == Ramped(start=None)
     assert {type(value) for value in config.make_method().hyperparameters().values()} == {float, int, bool, str}
-    assert [f.name for f in fields(Ramped)] == list(config.make_method().hyperparameters())
+    own = [f.name for f in fields(Ramped) if f.name not in {option.name for option in fields(Method)}]
+    assert own == list(config.make_method().hyperparameters())
 
 
 @pytest.mark.parametrize(

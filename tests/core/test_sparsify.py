@@ -146,7 +146,9 @@ def test_a_model_with_nothing_to_convert_warns() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(SparsityError, match='unknown method "srste"; known methods: asp, dense, sr-ste, ste'):
+    with pytest.raises(
+        SparsityError, match='unknown method "srste"; known methods: asp, decaying, dense, s-ste, sr-ste, ste'
+    ):
         sparsify(Net(), method="srste")
     with pytest.raises(SparsityError, match='method "ste" has no hyperparameter "decay"; it takes none'):
         sparsify(Net(), method="ste", decay=1.0)

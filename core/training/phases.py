@@ -1,0 +1,57 @@
+"""The phases of a run, options of every method: dense first, then moving masks, then a fixed one.
+
+`dense_until` is the fraction of the run before which a layer computes with the dense weight and the method does
+nothing. At `fix_at` the mask is fixed for the rest: dropped weights become zero and stay so, hence the largest N of
+each group are the kept ones, and a layer's forward needs no mask of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nm_sparsity.core.masks.batched import apply_masks_
+from nm_sparsity.core.methods import Method, Step
+
+
+def begin(step: Step, method: Method) -> None:
+    """Before the method changes gradients: silence it while weights are dense, and tell it of a mask being fixed."""
+    first = step.states[0]
+    if method.starts_dense:
+        step.scale = step.scale * ~first.dense
+    if method.fix_at is None:
+        return
+    if method.scheduled:
+        fixing = first.steps == first.boundary(max(method.fix_at, method.latest_start))
+    else:
+        fixing = torch.tensor(step.moves and any("mask" not in state.memory for state in step.states))
+    if fixing.is_cpu and not fixing:
+        return
+    step.fixing = fixing
+    for state, mask in zip(step.states, step.batch.nm_mask(), strict=True):
+        before = state.memory.get("mask")
+        if not method.scheduled:
+            state.memory["mask"] = mask if before is None else before
+        else:
+            # On a device that is not asked, a mask is all True until it is fixed.
+            state.memory["mask"] = torch.where(fixing, mask, True if before is None else before)
+
+
+def mask_gradients(step: Step) -> None:
+    """After the method changed gradients: a weight that is dropped for good gets none."""
+    _apply(step, step.grads)
+
+
+def mask_weights(step: Step) -> None:
+    """After the update: what momentum from before the mask was fixed moved becomes zero again."""
+    _apply(step, step.batch.weights)
+
+
+def _apply(step: Step, targets: Sequence[Tensor | None]) -> None:
+    masked = [(t, state.memory) for t, state in zip(targets, step.states, strict=True) if t is not None]
+    masked = [(t, memory) for t, memory in masked if "mask" in memory]
+    for t, memory in masked:
+        memory["mask"] = memory["mask"].to(t.device)  # one from a file lies on the CPU
+    apply_masks_([t for t, _ in masked], [memory["mask"] for _, memory in masked])

@@ -28,12 +28,18 @@ class DataConfig:
     """digits: embedded, 8x8. fashion-mnist: 28x28. imagefolder: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg."""
     root: Annotated[Path, tyro.conf.arg(name="data", prefix_name=False)] = Path("data")
     """Where fashion-mnist or the image folders lie."""
+    images: int | None = None
+    """Train on so many of the training images, the same share of each class; None takes all. Not for imagefolder."""
     image_size: int = 224
     """Side of the crop from imagefolder's images; the small data sets keep their own size."""
     workers: int = 0
     """Processes that load images; 0 loads in the training process."""
 
     def __post_init__(self) -> None:
+        _require(self.images is None or self.images >= 1, "data.images", "at least 1", self.images)
+        _require(
+            self.images is None or self.name != "imagefolder", "data.images", "left out for imagefolder", self.images
+        )
         _require(self.image_size >= 8, "data.image_size", "at least 8", self.image_size)
         _require(self.workers >= 0, "data.workers", "0 or more", self.workers)
 

@@ -85,6 +85,19 @@ def load_splits(config: DataConfig) -> Splits:
     return {"digits": _digits, "fashion-mnist": _fashion_mnist, "imagefolder": _image_folder}[config.name](config)
 
 
+def _some(train: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], count: int | None) -> np.ndarray[Any, Any]:
+    """`count` of the indices `train`, the same share of each class; all of them for ``None``.
+
+    Raises:
+        SparsityError: if there are fewer.
+    """
+    if count is None or count == len(train):
+        return train
+    if count > len(train):
+        raise SparsityError(f"data.images is {count}, but there are {len(train)} training images")
+    return train[stratified(labels[train], count)[0]]
+
+
 def train_batches(
     images: Images, config: ClassifierConfig, epoch: int, first_step: int
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -213,7 +226,7 @@ def _digits(config: DataConfig) -> Splits:
     labels = torch.from_numpy(np.asarray(target, dtype=np.int64))
     test, rest = stratified(labels.numpy(), 0.2)
     val_of_rest, train_of_rest = stratified(labels.numpy()[rest], 0.25)
-    train, val = rest[train_of_rest], rest[val_of_rest]
+    train, val = _some(rest[train_of_rest], labels.numpy(), config.images), rest[val_of_rest]
 
     def part(at: np.ndarray[Any, Any]) -> SmallImages:
         return SmallImages(images[at], labels[at], SMALL["digits"])
@@ -225,6 +238,7 @@ def _fashion_mnist(config: DataConfig) -> Splits:
     """Fashion-MNIST: 54,000 to train on and 6,000 to choose on from its train part, 10,000 to report on."""
     pictures, held_out = fashion_mnist.read(config.root)
     val, train = stratified(pictures.labels, 0.1)
+    train = _some(train, pictures.labels, config.images)
 
     def part(of: fashion_mnist.Pictures, at: Any = slice(None)) -> SmallImages:
         images, labels = torch.from_numpy(of.images[at]), torch.from_numpy(of.labels[at])
@@ -233,8 +247,11 @@ def _fashion_mnist(config: DataConfig) -> Splits:
     return Splits(part(pictures, train), part(pictures, val), part(held_out), tuple(fashion_mnist.CLASSES))
 
 
-def stratified(labels: np.ndarray[Any, Any], share: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Two sets of indices, the first with `share` of each class, the second with the rest; always the same ones."""
+def stratified(labels: np.ndarray[Any, Any], share: float | int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Two sets of indices, the first with `share` of each class, the second with the rest; always the same ones.
+
+    A whole number is how many indices the first one has.
+    """
     from sklearn.model_selection import train_test_split
 
     rest, held_out = train_test_split(np.arange(len(labels)), test_size=share, stratify=labels, random_state=0)

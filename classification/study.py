@@ -39,6 +39,8 @@ class ImageStudy(Study):
     """The N:M patterns."""
     length: Annotated[int, tyro.conf.arg(name="epochs")] = 30
     """Epochs of each run; ASP fine-tunes for as many after its dense run."""
+    images: int | None = None
+    """Train on so many of the training images; None is all of them."""
     log_every: int = 10
     """Steps between two comparisons of masks."""
 
@@ -66,6 +68,7 @@ class ImageStudy(Study):
 
     def commands(self, run: Run) -> list[list[str]]:
         changes = [f"--epochs={run.steps}", f"--log-every={self.log_every}"]
+        changes += [] if self.images is None else [f"--data.images={self.images}"]
         return [["nm_sparsity.classification.train", self.recipe, *self.options(run), *changes]]
 
     def validation(self, run: Path) -> float:

@@ -25,7 +25,7 @@ from nm_sparsity.classification.console import Console
 from nm_sparsity.classification.data import eval_batches, load_splits, part_size, steps_per_epoch, train_batches
 from nm_sparsity.classification.evaluate import Accuracy, autocast, count
 from nm_sparsity.classification.models import build, load_pretrained
-from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError
+from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, load_sparsity_state, sparsity_state
 from nm_sparsity.core.experiments.command_line import command_line, termination
 from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
 from nm_sparsity.core.experiments.folders import held
@@ -35,6 +35,7 @@ from nm_sparsity.core.experiments.user_model import parse_arguments
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import DAMAGE, METADATA, find_parts
+from nm_sparsity.core.model.convert import unfinished
 from nm_sparsity.core.model.strength import planned_strength, warn_if_strength_is_weak
 
 SUMMARY = "summary.json"
@@ -115,8 +116,11 @@ class Trainer:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model whose accuracy counts: the moving average, if there is one."""
-        return self.model if self.ema is None else self.ema.module
+        """The model whose accuracy counts: the moving average, if there is one, where its method is in the run."""
+        if self.ema is None:
+            return self.model
+        load_sparsity_state(self.ema.module, sparsity_state(self.model))
+        return self.ema.module
 
     def fit(self) -> dict[str, Any]:
         """Train from the current position to the end, then `_finish`."""
@@ -177,8 +181,9 @@ class Trainer:
         self.console.say(
             f"epoch {epoch + 1}/{config.epochs}: val top-1 {accuracy.top1:.2f}%, val loss {accuracy.loss:.4f}"
         )
-        best = accuracy.top1 > here.best
-        here.best = max(here.best, accuracy.top1)
+        yet = unfinished(self.evaluated)
+        best = bool(yet) or accuracy.top1 > here.best
+        here.best = -1.0 if yet else max(here.best, accuracy.top1)  # the best of those that are N:M
         self._save(LATEST, *([BEST] if best else []))
 
     def _step(self, parts: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:

@@ -123,7 +123,7 @@ def train(
     data: Path | None = None,
     pattern: str | None = None,
     method: str | None = None,
-    decay: float | None = None,
+    decay: float | str | None = None,
     hyperparameters: Mapping[str, str] | None = None,
     out: Path | None = None,
     seed: int = 0,
@@ -138,8 +138,8 @@ def train(
         overrides: entries of the config, e.g. train_cfg.max_epochs=24 load_from=dense.pth.
         data: a folder that nm_sparsity.detection.prepare wrote; without it, the config's own data.
         pattern: N:M; with it or --method the config becomes sparse that way.
-        method: dense, ste, sr-ste (default) or asp.
-        decay: SR-STE's lambda.
+        method: how weights are trained; default sr-ste.
+        decay: SR-STE's lambda, a number or a schedule.
         hyperparameters: the method's other hyperparameters, by name.
         out: the run folder; default runs/CONFIG.
         seed: of initialisation and shuffling.

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nm_sparsity.core import CheckpointError
+from nm_sparsity.core import CheckpointError, load_sparsity_state, sparsity_state
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
-from nm_sparsity.translation.stock import PathManager, Trainer, utils
+from nm_sparsity.translation.stock import PathManager, Trainer, checkpoint_utils, utils
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,12 @@ def save_checkpoint(self: Any, filename: str, extra_state: dict[str, Any]) -> st
     state = self.state_dict()
     extra = {**state["extra_state"], **extra_state, "task_state": state["task_state"]}
     state["model"], extra[METADATA] = split(self.get_model())
+    if extra[METADATA].get("unfinished"):
+        # The best checkpoint is the best of those that are N:M: until then, each validation's is.
+        extra.pop("best", None)
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)
     if "ema" in extra:
+        load_sparsity_state(self.ema.get_model(), sparsity_state(self.get_model()))
         extra["ema"], extra[EMA] = split(self.ema.get_model())
     path = os.path.abspath(filename)
     save(path, plain(utils.move_to_cpu({**state, "extra_state": extra})))

@@ -7,6 +7,7 @@ the runs and `comparison` reports on them, alike for all tasks.
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +35,13 @@ class Run:
     name: str
     """Its folder inside the study's."""
     method: str
+    """As the study names it, see `Variant`."""
     pattern: str
     """N:M; empty for a dense run."""
     seed: int
     steps: int
     """How long it trains, in the task's unit."""
-    decay: float | None = None
+    decay: float | str | None = None
     """SR-STE's lambda."""
     start: Run | None = None
     """The run whose trained weights it starts from."""
@@ -48,6 +50,41 @@ class Run:
     def budget(self) -> tuple[int, ...]:
         """The steps of the phases that led to its weights, the first one first."""
         return (*(self.start.budget if self.start else ()), self.steps)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a study compares: a method with hyperparameters, as text ``ste+precondition=auto`` or ``asp+budget=equal``.
+
+    ``budget=equal`` halves the length of a method that starts from a trained model, and that of the dense run that it
+    starts from, so that both together train as long as one run of the other methods.
+    """
+
+    method: str
+    hyperparameters: Mapping[str, str]
+    equal_budget: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """The variant that `text` stands for.
+
+        Raises:
+            SparsityError: for an unknown method or hyperparameter, or a value out of range.
+        """
+        name, *options = re.split(r"\+(?=\w+=)", text)
+        given = dict(option.split("=", 1) for option in options)
+        budget = given.pop("budget", None)
+        starts_trained = make_method(name, **given).starts_trained
+        if budget is not None and (budget != "equal" or not starts_trained):
+            raise SparsityError(
+                f'"{text}": the one budget is budget=equal, of a method that starts from a trained model'
+            )
+        return cls(name, given, budget == "equal")
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether its runs start from the dense run of their seed."""
+        return make_method(self.method).starts_trained
 
 
 @dataclass(frozen=True)
@@ -108,7 +145,8 @@ class Study(ABC):
     out: Path = Path("runs/study")
     """The folder of the runs, the report, the raw results and the pictures."""
     methods: tuple[str, ...] = ("dense", "ste", "sr-ste", "asp")
-    """The methods: dense runs once for each seed, every other one once for each pattern and seed."""
+    """The methods: dense runs once for each seed, every other one once for each pattern and seed. With hyperparameters
+    as in ste+precondition=auto; asp+budget=equal trains as long as the others with its dense run."""
     patterns: tuple[str, ...] = ("2:4",)
     """The N:M patterns."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -177,9 +215,12 @@ class Study(ABC):
         """The run of `method` with `seed`; `steps` other than the method's own become part of its name."""
         words = [method, pattern.replace(":", "to"), "" if decay is None else f"{decay:g}", f"seed{seed}"]
         words += [] if steps is None else [f"{steps}{self.unit}"]
-        start = self.run("dense", seed) if make_method(method).starts_trained else None
-        name = "-".join(filter(None, words))
-        return Run(name, method, pattern, seed, steps or self.steps(method), decay, start)
+        name = re.sub(r"[^\w.+=-]+", "_", "-".join(filter(None, words)))
+        variant, start = Variant.parse(method), None
+        if variant.starts_trained:
+            start = self.run("dense", seed, steps=self.length // 2 if variant.equal_budget else None)
+        own = self.length - self.length // 2 if variant.equal_budget else self.steps(variant.method)
+        return Run(name, method, pattern, seed, steps or own, decay, start)
 
     def runs(self, choices: Choices) -> list[Run]:
         """The runs that are reported, in the order of the report; without those whose lambda is not chosen yet."""
@@ -205,15 +246,18 @@ class Study(ABC):
 
     def options(self, run: Run) -> list[str]:
         """The options for `run` that the training commands of all tasks share."""
+        variant = Variant.parse(run.method)
+        more = [word for pair in variant.hyperparameters.items() for word in pair]
         values = {
             "out": self.out / run.name,
-            "method": run.method,
+            "method": variant.method,
             "pattern": run.pattern or None,
             "decay": run.decay,
             "seed": run.seed,
             "init-from": self.out / run.start.name if run.start else None,
         }
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+        given = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        return [*(["--hyperparameters", *more] if more else []), *given]
 
     def result_of(self, run: Run) -> Result | None:
         """What the result file of `run` holds; ``None`` if it is not finished.
@@ -233,8 +277,9 @@ class Study(ABC):
 
 
 def has_decay(method: str) -> bool:
-    """Whether lambda is a hyperparameter of the method called `method`."""
-    return "decay" in make_method(method).hyperparameters()
+    """Whether lambda is to be chosen for `method`: a hyperparameter of it that the text does not give."""
+    variant = Variant.parse(method)
+    return "decay" in make_method(variant.method).hyperparameters() and "decay" not in variant.hyperparameters
 
 
 def read_json(path: Path) -> Any:

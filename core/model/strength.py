@@ -32,9 +32,11 @@ def decay_strength(model: nn.Module) -> float | None:
     return max(strengths, default=0.0) or None
 
 
-def planned_strength(method: Method, lrs: Sequence[float]) -> float:
-    """The sum of lambda * lr over the steps of a run, whose learning rates are `lrs`; 0 without a decay."""
-    decay = getattr(method, "decay", 0.0)
+def planned_strength(method: Method, lrs: Sequence[float]) -> float | None:
+    """The sum of lambda * lr over the steps of a run, whose learning rates are `lrs`; ``None`` without a decay."""
+    decay = getattr(method, "decay", None)
+    if decay is None:
+        return None
     if not isinstance(decay, Schedule):
         return float(decay) * sum(lrs)
     steps = torch.arange(len(lrs), dtype=torch.float64)

@@ -28,6 +28,8 @@ def curve(run: Path, subset: str, name: str) -> Curve:
     """(update, value) of a figure in a run's TensorBoard events: subset ``train_inner``, ``train`` or ``valid``."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    if not (run / "tensorboard" / subset).is_dir():
+        return []
     events = EventAccumulator(str(run / "tensorboard" / subset)).Reload()
     if name not in events.Tags()["scalars"]:
         return []

@@ -244,7 +244,11 @@ def _dict_of(convert: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
 def _memory(value: Any) -> dict[str, Any]:
     if isinstance(value["lr_sum"], bool) or not math.isfinite(value["lr_sum"]):
         raise ValueError
+    steps = _whole_number(value.get("steps", 0))  # format 1 counted none
+    if steps < 0:
+        raise ValueError
     return {
+        "steps": steps,
         "lr_sum": float(value["lr_sum"]),
         "preconditioned": _of(bool)(value["preconditioned"]),
         "state": _dict_of(_of(Tensor, int, float, str))(value["state"]),

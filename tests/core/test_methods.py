@@ -161,7 +161,8 @@ def test_a_finalized_model_computes_what_the_trained_one_did(name: str) -> None:
     before = model.eval()(images)
     finalize(model)
     assert torch.equal(model(images), before)
-    assert len(verify(model).checked) == 2 * (name != "dense")
+    if name != "dense":  # of which there is nothing to verify
+        assert len(verify(model).checked) == 2
 
 
 @every_method

@@ -29,7 +29,7 @@ class Sample(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, *_: Any, model: Any = None, **__: Any) -> None:
         prompt = torch.tensor([list(b"    def ")])
-        with frozen(model):  # each masked weight is computed once, and not once a token
+        with frozen(model):  # each masked weight is computed once, and not once a token; NMSparsity does so anyway
             tokens = model.generate(prompt, max_new_tokens=24, do_sample=False)
         print(repr(bytes(tokens[0].tolist()).decode(errors="replace")))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, replacing, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.integrations.callback import SparseTraining, is_sparse
+from nm_sparsity.core.model.layers import frozen
 from nm_sparsity.core.pattern import NMPattern
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
 
     The model is converted when the Trainer is made: before it is compiled or wrapped and before a checkpoint is loaded.
     Where that is not possible (``add_callback``, ``model_init``) it is converted when training begins; the optimizer,
-    which exists by then, holds the same Parameters. SAD, flip rate and decay strength go to `Trainer.log`.
+    which exists by then, holds the same Parameters. SAD, flip rate and decay strength go to `Trainer.log`. Until the
+    end the model's ``save_pretrained`` is the one below, and its ``generate`` runs inside `frozen`.
 
     Args:
         pattern: N:M, keep N of every M consecutive weights.
@@ -104,8 +106,9 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Finalize and verify the model: what is saved from here on is plain and N:M."""
         self.finish(model)
+        for name in _METHODS:
+            model.__dict__.pop(name, None)
         if hasattr(model, "save_pretrained"):
-            model.__dict__.pop("save_pretrained", None)
             setattr(model.config, METADATA, _table(model, names_on_disk(model)))
 
     def _prepare(self, model: Any) -> None:
@@ -116,8 +119,9 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
             )
         report = self.convert(model, heads(model))
         logger.info("sparse model:\n%s", report)
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained = partial(save_pretrained, model)
+        for name, function in _METHODS.items():
+            if hasattr(model, name):
+                setattr(model, name, partial(function, model))
 
 
 def heads(model: Any) -> list[str]:
@@ -153,6 +157,16 @@ def save_pretrained(
     type(model).save_pretrained(model, save_directory, state_dict=masked, **options)
     if is_main_process:
         save(Path(save_directory) / RESUME, rest)
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the ``generate`` of `model`, with each masked weight computed once and not once a token."""
+    with frozen(model):
+        return type(model).generate(model, *args, **kwargs)
+
+
+_METHODS: dict[str, Callable[..., Any]] = {"save_pretrained": save_pretrained, "generate": _generate}
+"""What stands in the place of a model's own methods while `NMSparsity` trains it."""
 
 
 def names_on_disk(model: Any) -> dict[str, str]:

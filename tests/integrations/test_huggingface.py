@@ -19,6 +19,8 @@ from transformers_models import FAMILIES, bert, classes, llama, words
 from nm_sparsity.core import SparsityError, decay_strength, finalize, frozen, sparsify, verify
 from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.core.integrations.huggingface import RESUME, NMSparsity, heads, resume, save_pretrained
+from nm_sparsity.core.methods import WeightState
+from nm_sparsity.core.model.bank import Scope
 
 
 def trainer(model: Any, sample: Any, folder: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
@@ -267,10 +269,7 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         trainer(model, words, tmp_path, NMSparsity())
 
 
-def test_generation_inside_frozen_makes_each_mask_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nm_sparsity.core.methods import WeightState
-    from nm_sparsity.core.model.bank import Scope
-
+def test_generation_makes_each_mask_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = seeded(llama).eval()
     sparsify(model, exclude=heads(model))
     made = {"alone": 0, "together": 0}
@@ -291,6 +290,11 @@ def test_generation_inside_frozen_makes_each_mask_once(monkeypatch: pytest.Monke
     made.update(alone=0, together=0)
     with frozen(model):
         inside = model.generate(prompt, **greedy)
+    assert made == {"alone": 14, "together": 0}
+    trained = seeded(llama).eval()
+    trainer(trained, words, tmp_path, NMSparsity())  # converted by now
+    made.update(alone=0, together=0)
+    assert torch.equal(trained.generate(prompt, **greedy), plain)
     assert made == {"alone": 14, "together": 0}
     finalize(model)
     assert torch.equal(plain, inside)

@@ -32,7 +32,7 @@ from nm_sparsity.core.pattern import NMPattern
 
 logger = logging.getLogger(__name__)
 
-RESUME = "nm_sparsity.pt"
+RESUME = "nm-sparsity.pt"
 """The file beside ``model.safetensors`` with the dropped values and the method's memory."""
 
 

@@ -1,4 +1,4 @@
-"""From a finalized checkpoint to a smaller file and a faster model: verify, pack, export to ONNX, compress, time.
+"""From a finalized checkpoint to a smaller file and a faster model: verify, pack, export, and run it the fastest way.
 
 `python -m nm_sparsity.benchmarks.accelerate runs/demo/finalized.pt --model nm_sparsity.classification.models:build
 --args '["resnet8_small", 10]' --input 64,3,8,8`
@@ -6,16 +6,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nm_sparsity.benchmarks import inference, models, report, timing
+from nm_sparsity.benchmarks import models, report
 from nm_sparsity.core import SparsityError, verify
-from nm_sparsity.core.deploy.convert import to_semi_structured
+from nm_sparsity.core.deploy import runner
+from nm_sparsity.core.deploy.child import first_line
 from nm_sparsity.core.deploy.onnx import to_onnx
 from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.command_line import command_line, make_parser
@@ -26,8 +26,10 @@ from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.core.files.packed import load_packed, save_packed
 from nm_sparsity.core.table import format_table
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds: int) -> list[tuple[str, str]]:
+
+def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, dtype: str = "bf16") -> list[tuple[str, str]]:
     """Do every step, writing the packed and the ONNX file into `out`; returns (step, outcome) of each."""
     steps = [("verify", str(verify(checkpoint)).splitlines()[-1])]
     packed = save_packed(out / f"{checkpoint.stem}.safetensors", checkpoint)
@@ -40,10 +42,11 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
     restore(model, state)
     model.eval()
     try:
-        inference.model_call(model, [x])(0)
+        with torch.no_grad():
+            model(x)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         shape = "x".join(map(str, x.shape))
-        reason = inference.first_line(error)
+        reason = first_line(error)
         raise SparsityError(f"the model does not take an input of {shape} ({x.dtype}): {reason}") from error
     try:
         steps.append(("ONNX", str(to_onnx(model, (x,), out / f"{checkpoint.stem}.onnx"))))
@@ -52,22 +55,13 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, rounds:
     if not torch.cuda.is_available():
         return [*steps, ("compress and time", "not run: needs an NVIDIA GPU")]
 
-    device = torch.device("cuda")
-    dense = model.to(device, torch.float16)
-    x = x.to(device, torch.float16 if x.is_floating_point() else x.dtype)
-    sparse = copy.deepcopy(dense)
-    features = 1 if not x.is_floating_point() else x.shape[1 if x.dim() == 4 else -1]
+    device, kept = torch.device("cuda"), DTYPES[dtype]
+    x = x.to(device, kept if x.is_floating_point() else x.dtype)
     try:
-        done = to_semi_structured(sparse, tokens=x.numel() // features)
+        fast = runner.accelerate(model.to(device, kept), x)
     except SparsityError as error:
         return [*steps, ("compress and time", f"not run: {error}")]
-    calls = {"dense": inference.model_call(dense, [x]), "2:4": inference.model_call(sparse, [x])}
-    deviation = inference.relative_error(calls["2:4"](0), calls["dense"](0).double())
-    timings = timing.compare(calls, device, rounds)
-    ratio, low, high = timings["dense"].over(timings["2:4"])
-    steps.append(("compress", str(done)))
-    steps.append(("time", f"{ratio:.2f}x ({low:.2f} .. {high:.2f}) over dense fp16, relative error {deviation:.1e}"))
-    return steps
+    return [*steps, ("accelerate", f"{fast.report.runs}: {fast.report.speedup:.2f}x\n{fast.report}")]
 
 
 @command_line
@@ -80,15 +74,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", required=True, help="shape of an input, e.g. 64,3,32,32")
     parser.add_argument("--vocabulary", type=int, help="the input is token ids below this")
     parser.add_argument("--out", type=Path, default=Path(report.DEFAULT_FOLDER), help="folder for the files")
-    parser.add_argument("--rounds", type=int, default=20, help="samples of each model (default 20)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="on the GPU (default bf16)")
     args = parser.parse_args(argv)
     x = models.random_inputs(user_model.parse_shape(args.input), args.vocabulary)
     arguments = user_model.parse_arguments(args.args)
     out = make_folder(args.out)
     named = ":" in args.model
     model = user_model.build(args.model, arguments) if named else models.workload(args.model).build()
-    steps = accelerate(args.checkpoint, model, x, out, args.rounds)
-    print(format_table(["step", "outcome"], steps))
+    steps = accelerate(args.checkpoint, model, x, out, args.dtype)
+    print(format_table(["step", "outcome"], [(step, outcome.partition("\n")[0]) for step, outcome in steps]))
+    for _, outcome in steps:
+        if details := outcome.partition("\n")[2]:
+            print(f"\n{details}")
 
 
 if __name__ == "__main__":

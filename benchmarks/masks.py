@@ -16,6 +16,7 @@ from torch import Tensor
 from nm_sparsity.benchmarks import devices, models, report, timing
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.core import NMPattern, SparsityError
+from nm_sparsity.core.deploy.clock import Call
 from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.masks import reference
 from nm_sparsity.core.masks.batched import Batch
@@ -82,7 +83,7 @@ def measure(
     if device.type == "cuda":  # a training step finds none of its weights in the cache
         sets += [[w.clone() for w in weights] for _ in range(1, timing.copies_beyond_cache(bytes_once, device))]
 
-    def run(masking: Masking) -> timing.Call:
+    def run(masking: Masking) -> Call:
         def call(i: int) -> list[Tensor]:
             return [masking(w, pattern.n, pattern.m) for w in sets[i % len(sets)]]  # all live at once, as in training
 

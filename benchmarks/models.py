@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nm_sparsity.benchmarks.llama import Llama, LlamaBlock
 from nm_sparsity.core import SparsityError
 
 
@@ -142,7 +143,7 @@ def compile_layers(model: nn.Module, **options: Any) -> None:
     Args:
         options: those of `torch.compile`.
     """
-    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block | LlamaBlock)]
     for module in blocks or [model]:
         module.compile(**options)
 
@@ -191,6 +192,8 @@ WORKLOADS = {
     "transformer-base": Workload(Translation, (64,), 32_000),
     "language-model": Workload(lambda: TextEncoder(6, 512, 8, 2048, 8192, head=True), (512,), 8192, exclude=("head",)),
     "tiny-layers": Workload(TinyLayers, (32,)),
+    "llama-prefill": Workload(Llama, (4096,), 32_000),
+    "llama-decode": Workload(lambda: Llama(cache=1024), (1,), 32_000),
 }
 
 
@@ -217,6 +220,8 @@ LINEAR_SHAPES = {  # (rows, columns) of the weight
     "bert-large": {"attention": (1024, 1024), "ffn-up": (4096, 1024), "ffn-down": (1024, 4096)},
     "vit-l": {"qkv": (3072, 1024), "ffn-up": (4096, 1024), "ffn-down": (1024, 4096)},
     "llama-7b": {"attention": (4096, 4096), "ffn-up": (11008, 4096), "ffn-down": (4096, 11008)},
+    "llama-3-8b": {"q, o": (4096, 4096), "k, v": (1024, 4096), "ffn-up": (14336, 4096), "ffn-down": (4096, 14336)},
+    "qwen2.5-7b": {"q, o": (3584, 3584), "k, v": (512, 3584), "ffn-up": (18944, 3584), "ffn-down": (3584, 18944)},
     "llama-70b": {"attention": (8192, 8192), "ffn-up": (28672, 8192), "ffn-down": (8192, 28672)},
     "resnet50-1x1": {"64->256": (256, 64), "1024->256": (256, 1024), "2048->512": (512, 2048)},
 }

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from nm_sparsity.core import SparsityError
+from nm_sparsity.core.deploy import library
 from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import environment
@@ -48,15 +49,24 @@ class Result:
     device: str
     rows: list[Row] = field(default_factory=list)
     environment: dict[str, Any] = field(
-        default_factory=lambda: {**environment(packages=("torchvision",)), "driver": driver()}
+        default_factory=lambda: {
+            **environment(packages=("torchvision",)),
+            "driver": driver(),
+            "cusparselt": library.version(),
+            "gpu_before": gpu_state(),
+        }
     )
     folder: Path | None = field(default=None, compare=False)
     """Where `add` saves what there is, now and then, in case the process is ended from outside."""
+    sink: Callable[[Row], None] | None = field(default=None, compare=False)
+    """What gets each row as it comes."""
     _saved: float = field(default_factory=time.monotonic, init=False, repr=False, compare=False)
 
     def add(self, **row: Any) -> None:
         """Append a row; the values are text, numbers, None or lists of numbers."""
         self.rows.append(row)
+        if self.sink is not None:
+            self.sink(row)
         if self.folder is not None and time.monotonic() - self._saved > SAVE_SECONDS:
             self.save(self.folder)
             self._saved = time.monotonic()
@@ -106,11 +116,26 @@ class Result:
 
 def driver() -> str | None:
     """The version of the NVIDIA driver, if there is one."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
+    found = _nvidia_smi("driver_version")
+    return found.split()[0] if found else None
+
+
+def gpu_state() -> str | None:
+    """Clocks, temperature and power of the first GPU now, if there is one."""
+    found = _nvidia_smi("clocks.sm,clocks.mem,temperature.gpu,power.draw", "")
+    if not found:
         return None
+    sm, memory, temperature, power = (part.strip() for part in found.splitlines()[0].split(","))
+    return f"SM {sm}, memory {memory}, {temperature} C, {power}"
+
+
+def _nvidia_smi(query: str, options: str = ",nounits") -> str:
+    """What nvidia-smi answers, nothing where there is none."""
+    command = ["nvidia-smi", f"--query-gpu={query}", f"--format=csv,noheader{options}"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def progress(*what: object) -> None:
@@ -164,8 +189,12 @@ def set_up(args: argparse.Namespace) -> torch.device:
     minutes = getattr(args, "minutes", None)
     if minutes is not None and minutes <= 0:
         raise SparsityError("--minutes must be above 0")
-    device = choose_device(args.device)
-    torch.set_num_threads(args.threads)
+    return settle(choose_device(args.device), args.threads)
+
+
+def settle(device: torch.device, threads: int) -> torch.device:
+    """`device`, when this process is ready to measure on it."""
+    torch.set_num_threads(threads)
     if device.type == "cpu":  # Compiling would remark that there is no driver.
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     return device

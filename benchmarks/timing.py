@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 
-from nm_sparsity.core.deploy.clock import Clock, seconds
-
-Call = Callable[[int], object]
+from nm_sparsity.core.deploy.clock import Call, Clock, CudaGraph, seconds
 
 
 @dataclass(frozen=True)
@@ -84,34 +82,17 @@ def compare(
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
-class CudaGraph:
-    """`calls` calls of a function captured as one CUDA graph, replayed by calling this; it counts for all of them.
-
-    Without launches from Python between the kernels: what a small product costs on the GPU alone.
-    """
-
-    def __init__(self, call: Call, calls: int) -> None:
-        self.calls = calls
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for i in range(3):
-                call(i)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for i in range(calls):
-                call(i)
-
-    def __call__(self, _: int) -> None:
-        self._graph.replay()
-
-
 class Budget:
     """A number of minutes, counted from now on; without a number, endless."""
 
     def __init__(self, minutes: float | None = None, now: Callable[[], float] = time.monotonic) -> None:
+        self.minutes = minutes
         self._now, self._end = now, math.inf if minutes is None else now() + 60 * minutes
+
+    @property
+    def minutes_left(self) -> float:
+        """At least 0; infinite without a number."""
+        return max(0.0, (self._end - self._now()) / 60)
 
     @property
     def spent(self) -> bool:

@@ -1,4 +1,4 @@
-"""The libraries through which torch multiplies by 2:4 weights on NVIDIA GPUs: cuSPARSELt and CUTLASS."""
+"""The ways to multiply by 2:4 weights on NVIDIA GPUs: cuSPARSELt itself, cuSPARSELt through torch, and CUTLASS."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
+from nm_sparsity.core.deploy import cusparselt
+from nm_sparsity.core.deploy.cusparselt import Algorithm, activate
+from nm_sparsity.core.deploy.library import library
 from nm_sparsity.core.errors import SparsityError
 
-Choice = tuple[int, int, int]
-"""Of cuSPARSELt's kernels: (algorithm, split-k, split-k mode)."""
-DEFAULT: Choice = (0, 1, -1)
+DEFAULT = Algorithm()
+"""cuSPARSELt's own choice."""
 
 
 class Backend:
-    """A library through which torch multiplies by 2:4 weights: what it takes, and its compressed weights."""
+    """A way to multiply by 2:4 weights: what it takes, its compressed weights and its product."""
 
     name: str
     tensor: Any
-    """torch's class of the compressed weights."""
+    """torch's class of compressed weights, which knows the sizes that the library takes."""
+    activations: tuple[str, ...] = ()
+    """Those that run within the product."""
+    searched = False
+    """Whether `linear` takes the algorithms that a search found."""
 
     @property
     def constraints(self) -> Mapping[torch.dtype, Any]:
@@ -53,45 +60,86 @@ class Backend:
         return ""
 
     def compress(self, matrix: Tensor) -> Any:
-        """torch's compressed tensor of a 2:4 CUDA matrix."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="The PyTorch API of SparseSemiStructuredTensor", category=UserWarning
-            )
-            weight: Any = self.tensor.from_dense(matrix)
-        weight.fuse_transpose_cusparselt = True  # up to torch 2.12 the product is a strided transpose without it
-        return weight
+        """The compressed form of a 2:4 matrix (rows, columns), a tensor."""
+        raise NotImplementedError
 
-    def search(
-        self, weight: Any, x: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-    ) -> Choice:
-        """The kernel to take for ``x @ weight.T + bias``; x has a number of rows that the backend takes."""
-        return DEFAULT
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        rows: int,
+        bias: Tensor | None = None,
+        activation: str = "",
+        out_dtype: torch.dtype | None = None,
+        algorithms: Sequence[int] = (),
+    ) -> Tensor:
+        """``activation(x @ w.T + bias)`` for x (..., columns) of any strides, in `out_dtype` if one is given.
 
-    def product(self, weight: Any, x: Tensor, out_dtype: torch.dtype | None = None, choice: Choice = DEFAULT) -> Tensor:
-        """``x @ weight.T`` in `out_dtype`, by the kernel `choice`; x has a number of rows that the backend takes."""
+        `algorithms` are those of `cusparselt.linear`.
+        """
+        flat = x.reshape(-1, x.shape[-1]).contiguous()  # the libraries are told sizes, not strides
+        y = activate(self._product(flat, weight, bias, out_dtype, algorithms), activation)
+        return y.reshape(*x.shape[:-1], rows)
+
+    def _product(
+        self, x: Tensor, weight: Any, bias: Tensor | None, out_dtype: torch.dtype | None, algorithms: Sequence[int]
+    ) -> Tensor:
         raise NotImplementedError
 
 
 class CuSparseLt(Backend):
-    """cuSPARSELt: every GPU with sparse Tensor Cores, 8- and 16-bit types, algorithms to choose from."""
+    """cuSPARSELt with its plans kept (`nm_sparsity.core.deploy.cusparselt`): any GPU with sparse Tensor Cores."""
 
-    name, tensor = "cusparselt", SparseSemiStructuredTensorCUSPARSELT
+    name, tensor, searched = "cusparselt", SparseSemiStructuredTensorCUSPARSELT, True
+    activations = tuple(filter(None, cusparselt.ACTIVATIONS))
+
+    def why_not_capability(self, major: int, minor: int) -> str:
+        try:
+            library()
+        except SparsityError as error:
+            return str(error)
+        return ""
+
+    def compress(self, matrix: Tensor) -> Any:
+        return cusparselt.compress(matrix)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        rows: int,
+        bias: Tensor | None = None,
+        activation: str = "",
+        out_dtype: torch.dtype | None = None,
+        algorithms: Sequence[int] = (),
+    ) -> Tensor:
+        # A tracer needs the op; without one, going past the dispatcher takes half of the host's time.
+        traced = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+        call: Any = torch.ops.nm_sparsity.linear_2to4 if traced else cusparselt.linear
+        y: Tensor = call(x, weight, bias, None, rows, 1.0, activation, out_dtype, algorithms)
+        return y
+
+
+class TorchCuSparseLt(Backend):
+    """cuSPARSELt through torch, which makes and ends its plan in every call: 0.35 to 0.6 ms of host time on an H100."""
+
+    name, tensor, searched = "torch", SparseSemiStructuredTensorCUSPARSELT, True
 
     def why_not_capability(self, major: int, minor: int) -> str:
         return "" if torch.backends.cusparselt.is_available() else "this torch was built without cuSPARSELt"
 
-    def search(
-        self, weight: Any, x: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
-    ) -> Choice:
-        cusparselt: Any = torch._C._cusparselt
-        algorithm, split_k, mode, *_ = cusparselt.mm_search(weight.packed, x.t(), bias, None, out_dtype, True)
-        return algorithm, split_k, mode
+    def compress(self, matrix: Tensor) -> Any:
+        return torch._cslt_compress(matrix)
 
-    def product(self, weight: Any, x: Tensor, out_dtype: torch.dtype | None = None, choice: Choice = DEFAULT) -> Tensor:
-        algorithm, split_k, mode = choice
+    def _product(
+        self, x: Tensor, weight: Any, bias: Tensor | None, out_dtype: torch.dtype | None, algorithms: Sequence[int]
+    ) -> Tensor:
+        padded = _padded(x, 8 if x.element_size() == 2 else 16)
+        algorithm, split_k, mode = cusparselt.choose(algorithms, len(x))
         options: dict[str, Any] = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": mode}
-        return torch._cslt_sparse_mm(weight.packed, x.t(), out_dtype=out_dtype, transpose_result=True, **options)
+        options["out_dtype"] = None if out_dtype == x.dtype else out_dtype
+        y = torch._cslt_sparse_mm(weight, padded.t(), bias, transpose_result=True, **options)
+        return y[: len(x)]
 
 
 class Cutlass(Backend):
@@ -104,11 +152,28 @@ class Cutlass(Backend):
             return ""
         return f"torch's CUTLASS kernels run on compute capability 8.x only, and this GPU has {major}.{minor}"
 
-    def product(self, weight: Any, x: Tensor, out_dtype: torch.dtype | None = None, choice: Choice = DEFAULT) -> Tensor:
-        return torch._sparse_semi_structured_mm(weight.packed, weight.meta, x.t(), out_dtype=out_dtype).t()
+    def compress(self, matrix: Tensor) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="The PyTorch API of SparseSemiStructuredTensor", category=UserWarning
+            )
+            return self.tensor.from_dense(matrix)
+
+    def _product(
+        self, x: Tensor, weight: Any, bias: Tensor | None, out_dtype: torch.dtype | None, algorithms: Sequence[int]
+    ) -> Tensor:
+        if x.is_floating_point():
+            return F.linear(x, weight, bias)
+        y = torch._sparse_semi_structured_mm(weight.packed, weight.meta, _padded(x, 16).t(), out_dtype=out_dtype)
+        return y.t()[: len(x)]
 
 
-BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (CuSparseLt(), Cutlass())}
+def _padded(x: Tensor, multiple: int) -> Tensor:
+    missing = -len(x) % multiple
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (CuSparseLt(), TorchCuSparseLt(), Cutlass())}
 """By name, the one to prefer first."""
 
 

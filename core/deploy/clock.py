@@ -7,11 +7,14 @@ from collections.abc import Callable
 
 import torch
 
-Clock = Callable[[Callable[[int], object], torch.device, int], float]
+Call = Callable[[int], object]
+"""What is timed: it gets the running number of the call."""
+
+Clock = Callable[[Call, torch.device, int], float]
 """What `seconds` is; a test can bring its own."""
 
 
-def seconds(call: Callable[[int], object], device: torch.device, calls: int) -> float:
+def seconds(call: Call, device: torch.device, calls: int) -> float:
     """Seconds that each of `calls` calls in a row takes: by events on a CUDA device, by the wall clock elsewhere.
 
     `call` gets the running number of the call.
@@ -32,7 +35,7 @@ def seconds(call: Callable[[int], object], device: torch.device, calls: int) -> 
     return milliseconds / 1e3 / calls
 
 
-def host_seconds(call: Callable[[int], object], device: torch.device, calls: int) -> float:
+def host_seconds(call: Call, device: torch.device, calls: int) -> float:
     """Seconds of host time that each of `calls` calls takes to launch its work on a CUDA device that is idle before."""
     total = 0.0
     for i in range(calls):
@@ -42,3 +45,26 @@ def host_seconds(call: Callable[[int], object], device: torch.device, calls: int
         total += time.perf_counter() - start
     torch.cuda.synchronize(device)
     return total / calls
+
+
+class CudaGraph:
+    """`calls` calls of a function captured as one CUDA graph, replayed by calling this; it counts for all of them.
+
+    Without launches from Python between the kernels: what a small product costs on the GPU alone.
+    """
+
+    def __init__(self, call: Call, calls: int) -> None:
+        self.calls = calls
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for i in range(3):
+                call(i)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for i in range(calls):
+                call(i)
+
+    def __call__(self, _: int) -> None:
+        self._graph.replay()

@@ -1,135 +1,358 @@
-"""From a finalized model to something faster: torch's semi-structured (2:4) tensors on NVIDIA GPUs, and ONNX."""
+"""From a finalized model to one whose layers run 2:4 on sparse Tensor Cores where they gain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from nm_sparsity.core import masks
-from nm_sparsity.core.deploy.backends import DEFAULT, Backend, choose_backend
+from nm_sparsity.core.deploy import measure as measuring
+from nm_sparsity.core.deploy.backends import Backend, choose_backend
+from nm_sparsity.core.deploy.cache import Cache, Problem, flat
+from nm_sparsity.core.deploy.child import first_line
 from nm_sparsity.core.deploy.clock import Clock, seconds
+from nm_sparsity.core.deploy.layers import become, compressed
+from nm_sparsity.core.deploy.library import CuSparseLtError
+from nm_sparsity.core.deploy.measure import Calls, Input, Times
+from nm_sparsity.core.deploy.search import bin_of, search
 from nm_sparsity.core.errors import SparsityError, VerificationError
 from nm_sparsity.core.model import record
 from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.pattern import NMPattern, Placement
-from nm_sparsity.core.table import format_table
+from nm_sparsity.core.table import common_name, format_table
 
 PATTERN = NMPattern(2, 4)
 """What sparse Tensor Cores run."""
+
+TOKENS = 1024
+"""For which algorithms are searched where no example says how many there are."""
 
 _NO_PADDING = ((0, 0), "valid", "same")  # of a 1 x 1 convolution
 
 
 @dataclass(frozen=True)
+class Row:
+    """What became of one weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    runs: bool
+    """Whether it runs 2:4 now."""
+    note: str
+    """Why not, or what runs with it."""
+    tokens: int | None = None
+    times: Times | None = None
+
+
+@dataclass(frozen=True)
 class Acceleration:
-    """What became of each weight: the algorithm that runs it, or why it stays dense. Prints as a table."""
+    """What became of each weight: both times, and why it runs 2:4 or stays dense. Prints as a table."""
 
     backend: str
-    rows: tuple[tuple[str, tuple[int, ...], int | None, str], ...]
-    """(name, shape, algorithm or None, reason)."""
+    launch: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+    """What did not go as it should."""
 
     @property
     def converted(self) -> tuple[str, ...]:
         """The weights that run 2:4 now."""
-        return tuple(name for name, _, algorithm, _ in self.rows if algorithm is not None)
+        return tuple(row.name for row in self.rows if row.runs)
 
     def __str__(self) -> str:
-        cells = [
-            (name, "x".join(map(str, shape)), self.backend if algorithm is not None else "dense", algorithm, reason)
-            for name, shape, algorithm, reason in self.rows
-        ]
-        table = format_table(["weight", "shape", "runs on", "algorithm", "note"], cells)
-        return f"{table}\n{len(self.converted)} of {len(self.rows)} weights run 2:4 on {self.backend}"
+        groups: dict[Any, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((re.sub(r"\d+", "*", row.name), row.shape, row.runs, row.note, row.tokens), []).append(
+                row
+            )
+        cells = []
+        for alike in groups.values():
+            first, times = alike[0], alike[0].times
+            shape = "x".join(map(str, first.shape))
+            both = (times.dense * 1e6, times.sparse * 1e6, f"{times.speedup:.2f}x") if times else (None, None, None)
+            name = common_name([row.name for row in alike])
+            cells.append(
+                (name, len(alike), shape, first.tokens, *both, self.backend if first.runs else "dense", first.note)
+            )
+        table = format_table(
+            ["weight", "", "shape", "tokens", "dense us", "2:4 us", "speed-up", "runs on", "note"], cells
+        )
+        done = f"{len(self.converted)} of {len(self.rows)} weights run 2:4 on {self.backend}"
+        measured = any(row.times for row in self.rows)
+        how = (
+            f"timed as launched ({self.launch})" if measured else "nothing was measured: they may be slower than dense"
+        )
+        return "\n".join([table, f"{done}; {how}", *self.notes])
 
 
-class SemiStructuredLinear(nn.Linear):
-    """A linear layer with a compressed 2:4 weight, for inference."""
+@dataclass
+class _Candidate:
+    """A weight, and what is found out about it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features); any strides."""
-        # torch hands cuSPARSELt the sizes of the input and not its strides: a view would be read wrongly.
-        y = F.linear(x.reshape(-1, self.in_features).contiguous(), self.weight, self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+    name: str
+    layer: nn.Module
+    param: nn.Parameter
+    why: str
+    activation: str = ""
+    follows: tuple[nn.Sequential, str] | None = None
+    """Where the activation stands."""
+    calls: Calls = field(default_factory=dict)
 
+    @property
+    def kind(self) -> Any:
+        """What is the same for layers that take the same time."""
+        stride = getattr(self.layer, "stride", None)
+        calls = tuple(sorted(self.calls.items(), key=str))
+        return type(self.layer), tuple(self.param.shape), self.bias is not None, stride, self.activation, calls
 
-class SemiStructuredConv2d(nn.Conv2d):
-    """A 1 x 1 convolution as a product over channels-last pixels, with a compressed 2:4 weight, for inference."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C_in, H, W) -> (..., C_out, H', W') in channels-last format."""
-        pixels = x[..., :: self.stride[0], :: self.stride[1]].movedim(-3, -1)
-        y = F.linear(pixels.reshape(-1, self.in_channels).contiguous(), self.weight, self.bias)
-        return y.reshape(*pixels.shape[:-1], self.out_channels).movedim(-1, -3)
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Any = self.layer.bias
+        return bias
 
 
 def to_semi_structured(
     model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    launch: str = "eager",
+    measure: bool = True,
     backend: str | Backend = "auto",
-    search: bool = True,
-    tokens: int = 1024,
+    tokens: int = TOKENS,
+    algorithms: bool = True,
+    cache: Cache | None = None,
     clock: Clock = seconds,
 ) -> Acceleration:
-    """Compress the 2:4 weights of the eligible layers of a finalized `model`, in place, for inference on its GPU.
+    """Let the layers of a finalized `model` run 2:4 where they gain, in place, for inference on its GPU.
 
-    Eligible are `nn.Linear` and 1 x 1 `nn.Conv2d`, fp16 or bf16, of a shape that the backend takes. Save checkpoints
-    before: compressed weights cannot be loaded with ``weights_only=True``. Works under `torch.compile`.
+    Eligible are `nn.Linear` and 1 x 1 `nn.Conv2d`, fp16 or bf16, of a shape that the backend takes. Each is timed dense
+    and 2:4 on inputs like those that it gets from the example, and stays dense where 2:4 does not gain. In an
+    `nn.Sequential`, a ReLU or a tanh GELU behind it becomes part of the product. Save checkpoints before: compressed
+    weights are no dense ones. Works under `torch.compile` and CUDA graphs. A failure leaves the model as it was.
 
     Args:
-        backend: ``"cusparselt"``, ``"cutlass"`` or ``"auto"``: the first that the GPU has; or a backend itself.
-        search: let cuSPARSELt search its fastest algorithm, and use it where it beats the default.
-        tokens: the number of rows (tokens, pixels) of the input to search for.
-        clock: what times the algorithms.
+        example_inputs: an argument of the model, a tuple of them, or a mapping for named ones; of the batch size and
+            length that the model will serve. Without it nothing can be measured: all eligible layers are converted.
+        launch: how the model will be launched, ``"eager"`` (from Python) or ``"graph"`` (CUDA graph); layers that gain
+            in a graph can lose when Python launches each.
+        measure: False converts all eligible layers, whether they gain or not.
+        backend: ``"cusparselt"``, ``"torch"``, ``"cutlass"`` or ``"auto"``: the first that the GPU has; or one itself.
+        tokens: the number of rows (tokens, pixels) to choose algorithms for, where there is no example.
+        algorithms: search for cuSPARSELt's fastest algorithms, once for each product on this machine: in a process of
+            its own, kept in `cache`.
+        cache: of algorithms; by default that of this machine.
+        clock: what times the layers.
 
     Returns:
-        A report of every weight, with the reason for each that stays dense.
+        A report of every weight: both times, and the reason for each that stays dense.
 
     Raises:
-        SparsityError: without a fitting GPU, for an unknown backend, a model that is not finalized, or one in a dtype
-            that the backend has not.
+        SparsityError: without a fitting GPU, for an unknown backend or launch, a model that is not finalized, or one in
+            a dtype that the backend has not, example inputs that the model does not take, or too little memory.
         VerificationError: naming a weight that should be 2:4 and is not; compressing it would drop values.
     """
     model = unwrap(model)
     if any(True for _ in sparse_layers(model)):
         raise SparsityError(f"{type(model).__name__} still trains sparse: call finalize(model) first")
-    backend = choose_backend(backend, _device(model))
+    if launch not in measuring.LAUNCHES:
+        raise SparsityError(f'unknown launch "{launch}"; known: {", ".join(measuring.LAUNCHES)}')
+    device = device_of(model)
+    backend = choose_backend(backend, device)
     _check_dtypes(model, backend)
+    candidates = list(_candidates(model, backend))
+    notes: list[str] = []
+    try:
+        rows, ready = _prepare(
+            model, candidates, example_inputs, launch, measure, backend, tokens, algorithms, cache, clock, notes
+        )
+    except torch.OutOfMemoryError as error:
+        raise SparsityError(
+            f"out of memory on {device} while preparing 2:4 layers: {first_line(error)}; the model is as it was"
+        ) from error
+    for candidate, layer in ready:  # from here on nothing fails
+        become(candidate.layer, layer)
+        if candidate.follows is not None and candidate.activation:
+            holder, place = candidate.follows
+            holder._modules[place] = nn.Identity()
+    if ready:
+        _leave_fast_paths(model)
+    return Acceleration(backend.name, launch, tuple(rows), tuple(dict.fromkeys(notes)))
+
+
+def _prepare(
+    model: nn.Module,
+    candidates: list[_Candidate],
+    example: Any,
+    launch: str,
+    measure: bool,
+    backend: Backend,
+    tokens: int,
+    algorithms: bool,
+    cache: Cache | None,
+    clock: Clock,
+    notes: list[str],
+) -> tuple[list[Row], list[tuple[_Candidate, nn.Module]]]:
+    """What becomes of each weight, and the layers to become; the model is only looked at."""
+    eligible = [candidate for candidate in candidates if not candidate.why]
+    device = device_of(model)
+    if example is not None:
+        called = measuring.calls_of(model, [candidate.layer for candidate in eligible], example, device)
+        for candidate in eligible:
+            candidate.calls = called[id(candidate.layer)]
+            others = {one.dtype for one in candidate.calls} - {candidate.param.dtype}
+            if not candidate.calls:
+                candidate.why = "the example does not reach it"
+            elif others:
+                candidate.why = f"its inputs are {_short(others.pop())}, its weight {_short(candidate.param.dtype)}"
+    else:
+        for candidate in eligible:
+            candidate.calls = {_input(candidate, tokens): 1}
+    eligible = [candidate for candidate in eligible if not candidate.why]
+    measure = measure and example is not None
+
+    one_of: dict[Any, _Candidate] = {}
+    for candidate in eligible:
+        one_of.setdefault(candidate.kind, candidate)
+    trials = {kind: _trial(candidate, backend) for kind, candidate in one_of.items()}
+    chosen: dict[Any, tuple[int, ...]] = {}
+    if backend.searched and algorithms:
+        chosen = _algorithms({kind: c for kind, c in one_of.items() if not trials[kind].why}, trials, cache, notes)
+    for kind, trial in trials.items():
+        if not trial.why:
+            trial.finish(one_of[kind], backend, chosen.get(kind, ()), launch if measure else None, clock)
+
+    rows: list[Row] = []
+    ready: list[tuple[_Candidate, nn.Module]] = []
+    for candidate in candidates:
+        name, shape = candidate.name, tuple(candidate.param.shape)
+        if candidate.why:
+            rows.append(Row(name, shape, False, candidate.why))
+            continue
+        trial = trials[candidate.kind]
+        count = sum(one.tokens(candidate.layer) * times for one, times in candidate.calls.items())
+        rows.append(Row(name, shape, not trial.why, trial.why or trial.activation, count, trial.times))
+        if not trial.why:
+            layer = compressed(candidate.layer, backend, chosen.get(candidate.kind, ()), trial.activation)
+            candidate.activation = trial.activation
+            ready.append((candidate, layer))
+    return rows, ready
+
+
+@dataclass
+class _Trial:
+    """What is found out about all layers of a kind by one of them."""
+
+    activation: str
+    weight: Any = None
+    why: str = ""
+    times: Times | None = None
+
+    def finish(
+        self, candidate: _Candidate, backend: Backend, algorithms: tuple[int, ...], launch: str | None, clock: Clock
+    ) -> None:
+        """Check the layer with these algorithms, and time it if there is a `launch`."""
+        layer = candidate.layer
+        sparse = compressed(layer, backend, algorithms, self.activation, self.weight)
+        self.weight = None
+        try:
+            error = measuring.deviation(layer, sparse, self.activation, candidate.calls)
+            if error > measuring.TOLERANCE:
+                self.why = f"its 2:4 product is wrong: relative error {error:.2g}"
+            elif launch is not None:
+                self.times = measuring.compare(layer, sparse, self.activation, candidate.calls, launch, clock)
+                if self.times.speedup < measuring.MARGIN:
+                    slower = self.times.speedup < 1 / measuring.MARGIN
+                    self.why = "2:4 is slower" if slower else "2:4 gains nothing"
+        except CuSparseLtError as refused:
+            self.why = first_line(refused)
+
+
+def _trial(candidate: _Candidate, backend: Backend) -> _Trial:
+    """A first run, by the default algorithm: with the activation if the library takes it."""
+    weight = compressed(candidate.layer, backend).weight
+    for activation in dict.fromkeys((candidate.activation, "")):
+        sparse = compressed(candidate.layer, backend, (), activation, weight)
+        try:
+            with torch.no_grad():
+                for one in candidate.calls:
+                    sparse.forward(one.random(candidate.param.device))
+        except CuSparseLtError as refused:
+            why = first_line(refused)
+        else:
+            return _Trial(activation, weight)
+    return _Trial("", why=why)
+
+
+def _algorithms(
+    one_of: dict[Any, _Candidate], trials: dict[Any, _Trial], cache: Cache | None, notes: list[str]
+) -> dict[Any, tuple[int, ...]]:
+    """For each kind, the algorithms that were found for its product, of all bins of tokens that are known."""
+    problems: dict[Any, list[Problem]] = {}
+    for kind, candidate in one_of.items():
+        dtype, (rows, columns) = _short(candidate.param.dtype), candidate.param.flatten(1).shape
+        bins = sorted({bin_of(one.tokens(candidate.layer)) for one in candidate.calls})
+        more = (candidate.bias is not None, trials[kind].activation)
+        problems[kind] = [Problem(dtype, dtype, rows, columns, count, *more) for count in bins]
+    if not problems:
+        return {}
+    device = next(iter(one_of.values())).param.device
+    cache = cache or Cache(device)
+    found = search([problem for of_kind in problems.values() for problem in of_kind], device, cache)
+    notes += found.notes
+    return {kind: flat(cache.bins(of_kind[0])) for kind, of_kind in problems.items()}
+
+
+def _candidates(model: nn.Module, backend: Backend) -> Iterator[_Candidate]:
+    """All weights of at least two dimensions, embeddings apart.
+
+    Raises:
+        VerificationError: see `_why_not_2to4`.
+    """
     table = record.table(model)
-    plan: list[tuple[str, nn.Module, nn.Parameter, str]] = []
+    follows = dict(_activations(model))
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             if param.dim() > 1 and not isinstance(module, nn.Embedding):
                 full_name = f"{prefix}.{name}" if prefix else name
                 why = why_not_layer(module, name, param.shape, param.dtype, backend)
-                plan.append((full_name, module, param, why or _why_not_2to4(full_name, param, table.get(full_name))))
+                why = why or _why_not_2to4(full_name, param, table.get(full_name))
+                candidate = _Candidate(full_name, module, param, why)
+                if not why and module in follows:
+                    activation, holder, place = follows[module]
+                    if activation in backend.activations:
+                        candidate.activation, candidate.follows = activation, (holder, place)
+                yield candidate
 
-    algorithms: dict[Any, int] = {}
-    rows: list[tuple[str, tuple[int, ...], int | None, str]] = []
-    for name, module, param, why in plan:
-        shape = tuple(param.shape)
-        if why:
-            rows.append((name, shape, None, why))
-            continue
-        bias: Any = getattr(module, "bias", None)
-        key = (shape[0], shape[1], bias is not None)
-        matrix = param.detach().flatten(1).contiguous()
-        weight = backend.compress(matrix)
-        if search:
-            if key not in algorithms:
-                algorithms[key] = _fastest_algorithm(backend, weight, bias, tokens, clock)
-            weight.alg_id_cusparselt = algorithms[key]
-        module.weight = nn.Parameter(weight, requires_grad=False)
-        module.__class__ = SemiStructuredLinear if isinstance(module, nn.Linear) else SemiStructuredConv2d
-        rows.append((name, shape, algorithms.get(key, 0), ""))
-    if any(algorithm is not None for _, _, algorithm, _ in rows):
-        _leave_fast_paths(model)
-    return Acceleration(backend.name, tuple(rows))
+
+def _activations(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, nn.Sequential, str]]]:
+    """(layer, (activation, the `nn.Sequential` that holds both, the activation's place in it)).
+
+    Only of layers that stand at one place, and where no hook would notice.
+    """
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for holder in model.modules():
+        if isinstance(holder, nn.Sequential) and type(holder).forward is nn.Sequential.forward:
+            for (_, layer), (place, after) in pairwise(holder._modules.items()):
+                if layer is None or after is None or places[id(layer)] != 1:
+                    continue
+                hooked = layer._forward_hooks or after._forward_pre_hooks or after._forward_hooks
+                if not hooked and (activation := _activation(after)):
+                    yield layer, (activation, holder, place)
+
+
+def _activation(module: nn.Module) -> str:
+    if type(module) is nn.ReLU:
+        return "relu"
+    return "gelu_tanh" if type(module) is nn.GELU and module.approximate == "tanh" else ""
 
 
 def why_not_layer(module: nn.Module, name: str, shape: Sequence[int], dtype: torch.dtype, backend: Backend) -> str:
@@ -149,7 +372,23 @@ def why_not_layer(module: nn.Module, name: str, shape: Sequence[int], dtype: tor
     return backend.why_not_matrix(shape, dtype)
 
 
-def _device(model: nn.Module) -> torch.device:
+def _input(candidate: _Candidate, tokens: int) -> Input:
+    """What a layer of no example may get."""
+    param = candidate.param
+    features = param.shape[1]
+    if param.dim() == 2:
+        return Input((tokens, features), (features, 1), param.dtype)
+    stride: Any = candidate.layer.stride
+    height, width = (tokens - 1) * stride[0] + 1, 1
+    return Input((1, features, height, width), (features * height, 1, features * width, features), param.dtype)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of all parameters of `model`.
+
+    Raises:
+        SparsityError: if there is none, or more than one.
+    """
     devices = {param.device for param in model.parameters()}
     if len(devices) != 1:
         raise SparsityError(f"the model must be on one device, found {', '.join(sorted(map(str, devices))) or 'none'}")
@@ -159,9 +398,9 @@ def _device(model: nn.Module) -> torch.device:
 def _check_dtypes(model: nn.Module, backend: Backend) -> None:
     found = {param.dtype for param in model.parameters() if param.dim() > 1}
     if found and not found & backend.constraints.keys():
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found))
+        names = ", ".join(sorted(_short(dtype) for dtype in found))
         raise SparsityError(
-            f"{backend.name} has no {names}: convert the model first, with model.half() or model.bfloat16()"
+            f"{backend.name} has no {names}: convert the model first, with model.bfloat16() or model.half()"
         )
 
 
@@ -185,16 +424,8 @@ def _why_not_2to4(name: str, param: Tensor, placement: Placement | None) -> str:
     return "dense"
 
 
-def _fastest_algorithm(backend: Backend, weight: Any, bias: Tensor | None, tokens: int, clock: Clock) -> int:
-    rows = -(-tokens // 16) * 16  # as torch pads the input
-    x = torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype)
-    default, found = DEFAULT[0], backend.search(weight, x, bias)[0]
-    times = {}
-    for algorithm in {default, found} if found != default else ():
-        weight.alg_id_cusparselt = algorithm
-        for calls in (3, 20):  # the first ones warm up
-            times[algorithm] = clock(lambda _: F.linear(x, weight, bias), x.device, calls)
-    return min(times, key=lambda algorithm: times[algorithm], default=default)
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _leave_fast_paths(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nm_sparsity.benchmarks import models
+from nm_sparsity.benchmarks.llama import Llama, _rotated
 from nm_sparsity.core import SparsityError
 
 
@@ -20,6 +21,8 @@ from nm_sparsity.core import SparsityError
         ("resnet18-cifar", 11.7, (2, 1000)),
         ("transformer-base", 61, (2, 64, 32_000)),
         ("language-model", 27, (2, 512, 8192)),
+        ("llama-prefill", 1003, (2, 4096, 4096)),
+        ("llama-decode", 1003, (2, 1, 4096)),
     ],
 )
 def test_sizes(name: str, millions: float, output: tuple[int, ...]) -> None:
@@ -40,6 +43,23 @@ def test_attention_is_causal_where_it_should_be() -> None:
         before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :-1], after[:, :-1])
     assert not torch.equal(before[:, -1], after[:, -1])
+
+
+def test_llama_reads_a_prompt_and_goes_on_from_its_cache() -> None:
+    """The last token of a prompt: in one pass, and from what the attention keeps of the tokens before."""
+    torch.manual_seed(0)
+    prefill = Llama(1, 32, 4, 2, 64)
+    decode = Llama(1, 32, 4, 2, 64, cache=5)
+    decode.load_state_dict(prefill.state_dict(), strict=False)
+    tokens = torch.randint(100, (1, 6))
+    block = prefill.layers[0]
+    with torch.no_grad():
+        h = block.norm1(prefill.embedding(tokens[:, :5]))
+        k, v = (
+            layer(h).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (block.attention.key, block.attention.value)
+        )
+        decode.layers[0].attention.past = torch.stack([_rotated(k, 0), v])
+        torch.testing.assert_close(decode(tokens[:, 5:]), prefill(tokens)[:, 5:])
 
 
 def test_layer_sets() -> None:

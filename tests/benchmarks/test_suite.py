@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from nm_sparsity.benchmarks import suite
+from nm_sparsity.benchmarks import groups, suite
+from nm_sparsity.benchmarks.groups import Group
 from nm_sparsity.benchmarks.report import Result
 from nm_sparsity.benchmarks.timing import Budget
 
@@ -23,20 +27,38 @@ def test_without_time_every_benchmark_has_a_file_that_says_so(tmp_path: Path) ->
     assert suite.main(["--device", "cpu", "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     found = files(tmp_path)
     assert sorted(found) == ["masks", "models", "products", "training"]
-    assert all(result.rows == [{"not_run": "out of time"}] for result in found.values())
+    assert all(row["not_run"] == "out of time" for result in found.values() for row in result.rows)
+    assert all(result.rows for result in found.values())
     assert all(result.environment["torch"] for result in found.values())
 
 
-def test_a_failure_does_not_stop_the_others(tmp_path: Path) -> None:
-    def fail(result: Result) -> None:
-        result.add(how="first")
-        raise RuntimeError("CUDA out of memory")
+def run(result: Result, device: torch.device, how: str, minutes: float | None = None) -> None:
+    """What this module measures, when a group names it."""
+    result.add(how="first", pid=os.getpid(), minutes=minutes)
+    if how == "crashes":
+        os.kill(os.getpid(), signal.SIGILL)
+    if how == "hangs":
+        time.sleep(60)
+    result.add(how="last")
 
-    steps = {"training": fail, "products": lambda result: result.add(how="second")}
-    assert suite.run(steps, CPU, tmp_path, Budget()) == ["training"]
-    found = files(tmp_path)
-    assert found["training"].rows == [{"how": "first"}, {"not_run": "stopped by RuntimeError: CUDA out of memory"}]
-    assert found["products"].rows == [{"how": "second"}]
+
+@pytest.mark.slow
+def test_a_crash_or_a_hang_costs_its_group_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    expected = {
+        "crashes": "its process failed: it was ended by SIGILL",
+        "hangs": "its process failed: no answer for 2 s",
+        "works": None,
+    }
+    made = [Group("products", "test_suite", {"layer": how}, {"how": how}, patience=2.0) for how in expected]
+    failed = groups.run(made, CPU, tmp_path, Budget())
+    assert failed == ["products crashes", "products hangs"]
+    rows = iter(files(tmp_path)["products"].rows)
+    for how, reason in expected.items():
+        first = next(rows)
+        assert first["how"] == "first"
+        assert first["pid"] != os.getpid()
+        assert next(rows) == ({"how": "last"} if reason is None else {"layer": how, "not_run": reason})
 
 
 def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,10 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from nm_sparsity.core import SparsityError, VerificationError, finalize, keep_largest, sparsify
-from nm_sparsity.core.deploy.backends import BACKENDS, Choice, CuSparseLt, Cutlass, choose_backend
-from nm_sparsity.core.deploy.convert import (
-    SemiStructuredConv2d,
-    SemiStructuredLinear,
-    to_semi_structured,
-    why_not_layer,
-)
+from nm_sparsity.core.deploy import cusparselt, library
+from nm_sparsity.core.deploy.backends import BACKENDS, CuSparseLt, Cutlass, choose_backend
+from nm_sparsity.core.deploy.convert import to_semi_structured, why_not_layer
+from nm_sparsity.core.deploy.layers import SemiStructuredConv2d, SemiStructuredLinear
 from nm_sparsity.core.deploy.onnx import to_onnx
 
 
@@ -65,23 +61,11 @@ class OnCPU(Cutlass):
         return ""
 
 
-class Searching(CuSparseLt):
-    """cuSPARSELt on a machine without a GPU: weights stay as they are, algorithm 5 is found and kept note of."""
-
-    def __init__(self) -> None:
-        self.weights: list[Any] = []
-        self.searched: list[tuple[int, ...]] = []
+class OnHost(CuSparseLt):
+    """cuSPARSELt on a machine without a GPU: with the stand-in that computes on the host's memory."""
 
     def why_not_device(self, device: torch.device) -> str:
         return ""
-
-    def compress(self, matrix: Tensor) -> Any:
-        self.weights.append(matrix.clone())
-        return self.weights[-1]
-
-    def search(self, weight: Any, x: Tensor, bias: Any = None, out_dtype: Any = None) -> Choice:
-        self.searched.append((*weight.shape, *x.shape))
-        return 5, 1, 0
 
 
 def finalized(model: nn.Module, **options: Any) -> nn.Module:
@@ -106,11 +90,11 @@ def net() -> nn.Module:
 def test_output_equals_the_masked_dense_model() -> None:
     model = finalized(net(), exclude=["6"])
     dense, x = copy.deepcopy(model), torch.randn(2, 3, 9, 9).half()
-    report = to_semi_structured(model, OnCPU())
+    report = to_semi_structured(model, backend=OnCPU())
     assert report.backend == "cutlass"
     assert report.converted == ("1.weight", "3.weight")
     assert {type(model[1]), type(model[3])} == {SemiStructuredConv2d}
-    notes = {name: note for name, _, _, note in report.rows}
+    notes = {row.name: row.note for row in report.rows}
     assert "no 2:4 convolution" in notes["0.weight"]
     assert "multiples of 32 x 64" in notes["6.weight"]
     assert "2 of 4 weights run 2:4 on cutlass" in str(report)
@@ -124,7 +108,7 @@ def test_output_equals_the_masked_dense_model() -> None:
 def test_linear_takes_any_leading_shape_and_strides(shape: tuple[int, ...]) -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), torch.randn(shape).half()
-    to_semi_structured(model, OnCPU(), search=False)
+    to_semi_structured(model, backend=OnCPU())
     assert type(model[0]) is SemiStructuredLinear
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
@@ -145,13 +129,13 @@ def test_linear_takes_any_leading_shape_and_strides(shape: tuple[int, ...]) -> N
 def test_the_product_gets_its_rows_without_gaps(make: Any) -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), make().half()
-    to_semi_structured(model, OnCPU(BySizes))
+    to_semi_structured(model, backend=OnCPU(BySizes))
     with torch.no_grad():
         torch.testing.assert_close(model(x), dense(x), rtol=2e-3, atol=2e-3)
         images = torch.randn(2, 128, 2, 2).half().to(memory_format=torch.channels_last)[:, :64]
         conv = finalized(nn.Sequential(nn.Conv2d(64, 32, 1, stride=2)))
         dense = copy.deepcopy(conv)
-        to_semi_structured(conv, OnCPU(BySizes))
+        to_semi_structured(conv, backend=OnCPU(BySizes))
         torch.testing.assert_close(conv(images), dense(images), rtol=2e-3, atol=2e-3)
 
 
@@ -159,7 +143,7 @@ def test_the_product_gets_its_rows_without_gaps(make: Any) -> None:
 def test_works_under_compile() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)))
     dense, x = copy.deepcopy(model), torch.randn(4, 64).half()
-    to_semi_structured(model, OnCPU())
+    to_semi_structured(model, backend=OnCPU())
     with torch.no_grad():
         result = torch.compile(model, backend="aot_eager")(x)
         torch.testing.assert_close(result, dense(x), rtol=2e-3, atol=2e-3)
@@ -171,36 +155,13 @@ def test_transformer_layers_leave_their_fast_path() -> None:
     model = finalized(nn.TransformerEncoder(layer, 2)).float()
     model.half()
     dense, x = copy.deepcopy(model), torch.randn(2, 5, 64).half()
-    report = to_semi_structured(model, OnCPU())
+    report = to_semi_structured(model, backend=OnCPU())
     assert len(report.converted) == 4
     assert all("linear" in name for name in report.converted)
     padding = torch.tensor([[False] * 5, [False, False, True, True, True]])
     with torch.no_grad():
         expected, result = dense(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding)
     torch.testing.assert_close(result[~padding], expected[~padding], rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize(("default", "found", "faster"), [(1.0, 2.0, 0), (2.0, 1.0, 5)])
-def test_the_faster_of_two_algorithms_wins_once_for_each_shape(default: float, found: float, faster: int) -> None:
-    backend = Searching()
-
-    def clock(call: Callable[[int], object], device: torch.device, calls: int) -> float:
-        call(0)
-        return default if backend.weights[-1].alg_id_cusparselt == 0 else found
-
-    model = finalized(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16)))
-    report = to_semi_structured(model, backend, tokens=99, clock=clock)
-    assert report.backend == "cusparselt"
-    assert backend.searched == [(32, 32, 112, 32), (16, 32, 112, 32)]  # rows as torch pads them
-    assert [algorithm for _, _, algorithm, _ in report.rows] == [faster] * 3
-    assert [weight.alg_id_cusparselt for weight in backend.weights] == [faster] * 3
-
-
-def test_without_a_search_the_default_algorithm_runs() -> None:
-    backend = Searching()
-    model = finalized(nn.Sequential(nn.Linear(32, 32)))
-    assert [algorithm for _, _, algorithm, _ in to_semi_structured(model, backend, search=False).rows] == [0]
-    assert not backend.searched
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8], ids=str)
@@ -217,7 +178,7 @@ def test_a_weight_that_is_not_2_4_is_refused_by_name() -> None:
     with torch.no_grad():
         model[1].weight[0, :3] = 1.0
     with pytest.raises(VerificationError, match=r"1\.weight is not 2:4 .* 1 of 1,024 groups"):
-        to_semi_structured(model, OnCPU())
+        to_semi_structured(model, backend=OnCPU())
     assert type(model[0]) is nn.Linear  # nothing was converted before the refusal
 
 
@@ -226,13 +187,14 @@ def test_other_zeros_than_2_4_are_refused_and_dense_layers_left() -> None:
     with torch.no_grad():
         model[0].weight[:, :32] = 0
     with pytest.raises(VerificationError, match=r"0\.weight is not 2:4"):
-        to_semi_structured(model, OnCPU())
-    report = to_semi_structured(model[1], OnCPU())
-    assert [note for *_, note in report.rows] == ["dense"]
+        to_semi_structured(model, backend=OnCPU())
+    report = to_semi_structured(model[1], backend=OnCPU())
+    assert [row.note for row in report.rows] == ["dense"]
     other = nn.Sequential(nn.Linear(64, 64))
     sparsify(other, "4:8")
     finalize(other)
-    assert [note for *_, note in to_semi_structured(other.half(), OnCPU()).rows] == ["4:8: the hardware runs only 2:4"]
+    report = to_semi_structured(other.half(), backend=OnCPU())
+    assert [row.note for row in report.rows] == ["4:8: the hardware runs only 2:4"]
 
 
 @pytest.mark.parametrize("pattern", ["1:4", "2:8", "1:2"])
@@ -240,20 +202,22 @@ def test_sparser_patterns_run_as_2_4(pattern: str) -> None:
     model = nn.Sequential(nn.Linear(64, 64))
     sparsify(model, pattern)
     finalize(model)
-    assert to_semi_structured(model.half(), OnCPU()).converted == ("0.weight",)
+    assert to_semi_structured(model.half(), backend=OnCPU()).converted == ("0.weight",)
     other = nn.Sequential(nn.Linear(64, 64))
     sparsify(other, pattern)
     finalize(other)
     with torch.no_grad():
         other[0].weight[0, :3] = 1.0
     with pytest.raises(VerificationError, match=r"0\.weight is not 2:4"):
-        to_semi_structured(other.half(), OnCPU())
+        to_semi_structured(other.half(), backend=OnCPU())
 
 
 def test_a_model_in_a_dtype_that_the_backend_has_not() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64))).float()
-    with pytest.raises(SparsityError, match=r"cusparselt has no float32: convert the model first, with model\.half"):
-        to_semi_structured(model, Searching())
+    with pytest.raises(
+        SparsityError, match=r"cusparselt has no float32: convert the model first, with model\.bfloat16"
+    ):
+        to_semi_structured(model, backend=OnHost())
 
 
 class OwnForward(nn.Linear):
@@ -288,7 +252,7 @@ def test_without_a_gpu_it_says_what_is_needed() -> None:
     model = finalized(nn.Sequential(nn.Linear(64, 64)))
     with pytest.raises(SparsityError, match="cannot be accelerated here: needs an NVIDIA GPU, found cpu"):
         to_semi_structured(model)
-    with pytest.raises(SparsityError, match='unknown backend "cuda"; known: auto, cusparselt, cutlass'):
+    with pytest.raises(SparsityError, match='unknown backend "cuda"; known: auto, cusparselt, torch, cutlass'):
         to_semi_structured(model, backend="cuda")
     with pytest.raises(SparsityError, match="must be on one device, found none"):
         to_semi_structured(nn.ReLU())
@@ -304,7 +268,7 @@ def test_without_a_gpu_it_says_what_is_needed() -> None:
         ((7, 5), "cusparselt", "compute capability 8.0 or newer), and this GPU has 7.5"),
         ((8, 6), "cutlass", ""),
         ((9, 0), "cutlass", "on compute capability 8.x only, and this GPU has 9.0"),
-        ((9, 0), "cusparselt", ""),
+        ((9, 0), "torch", ""),
     ],
 )
 def test_what_a_gpu_has(
@@ -317,8 +281,12 @@ def test_what_a_gpu_has(
         with pytest.raises(SparsityError, match="2:4 cannot be accelerated here: needs sparse Tensor Cores"):
             choose_backend("auto", torch.device("cuda"))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    monkeypatch.setenv(library.LIBRARY_VARIABLE, "/nowhere.so")
+    cusparselt.forget()
     if capability == (9, 0):
-        with pytest.raises(SparsityError, match=r"without cuSPARSELt; torch's CUTLASS kernels run on .* 8\.x only"):
+        with pytest.raises(
+            SparsityError, match=r"cannot be loaded .* without cuSPARSELt; torch's CUTLASS kernels run on"
+        ):
             choose_backend("auto", torch.device("cuda"))
 
 

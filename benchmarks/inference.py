@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (known := devices.present(device)) is not None:
         for name, batch, dtype in whole_models.MODELS:
             print(f"\n{name}, batch {batch}, {dtype}, on {known.name}")
-            print(plan.for_workload(name, batch, known, dtype=dtype).table(plan.measured(known, dtype, (args.out,))))
+            found_here = plan.measurements(known, dtype, (args.out,))
+            print(plan.for_workload(name, batch, known, dtype=dtype, measured=found_here))
     if failed:
         print(f"\nfailed: {', '.join(failed)}")
     return bool(failed)

@@ -2,8 +2,9 @@
 model of your own `... plan package.module:function --args '[10]' --input 32,3,224,224 --device rtx4090`.
 
 For every layer: can torch run it 2:4 and if not why, the most the hardware could gain by the roofline, and the verdict;
-then the most that the whole model can gain. Elementwise work and launches are left out, so reality is below. Where
-`nm_sparsity.benchmarks.inference` has measured a layer's product on that device, the measurement stands beside it.
+then what the whole model gains. Where `nm_sparsity.benchmarks.inference` has measured a layer's product on that device,
+under a CUDA graph, the measurement decides; elsewhere only the roofline's ceiling is known. Elementwise work is left
+out, so reality is below.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,50 @@ from nm_sparsity.benchmarks.report import COMMITTED, DEFAULT_FOLDER, Result
 from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
 from nm_sparsity.core.deploy.backends import BACKENDS
 from nm_sparsity.core.deploy.convert import PATTERN, why_not_layer
+from nm_sparsity.core.deploy.measure import MARGIN
 from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.model.flops import count_flops
-from nm_sparsity.core.table import format_table
+from nm_sparsity.core.table import common_name, format_table
 
 WORTH = 1.05
-"""A ceiling below this does not pay: measured gains stay well below their ceilings."""
+"""A ceiling below this does not pay, since measured gains stay well below it; nor does a model that gains less."""
 
+NEAR = (0.25, 1.5)
+"""Tokens of a measurement over a product's for which it still counts; with more tokens there is more to gain."""
+
+FACTORS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Of the batch, that are tried to find one that pays."""
 
 Shape = tuple[int, int, int]
 """(tokens, rows, columns) of a product."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Speed-ups of 2:4 products over dense ones that were measured on a device."""
+
+    speedups: Mapping[Shape, float] = field(default_factory=dict)
+
+    def of(self, product: Product, factor: int = 1) -> tuple[int, float] | None:
+        """(tokens, speed-up) of the nearest measurement of such a weight, for `factor` times the product's tokens."""
+        tokens = product.tokens * factor
+        near = [
+            (abs(math.log(count / tokens)), count, speedup)
+            for (count, *weight), speedup in self.speedups.items()
+            if weight == [product.rows, product.columns] and NEAR[0] <= count / tokens <= NEAR[1]
+        ]
+        return min(near)[1:] if near else None
+
+    def wins_from(self, product: Product) -> int | None:
+        """The number of tokens from which on every measurement of such a weight gains."""
+        found: int | None = None
+        for (count, *weight), speedup in sorted(self.speedups.items(), reverse=True):
+            if weight == [product.rows, product.columns]:
+                if speedup < MARGIN:
+                    break
+                found = count
+        return found
 
 
 @dataclass(frozen=True)
@@ -50,24 +84,53 @@ class Layer:
     bound: str
     share: float
     """The part of the dense model's time at the roofline."""
+    measured: tuple[int, float] | None = None
+    """(tokens, speed-up) where there is a measurement."""
+    wins_from: int | None = None
+    """Tokens from which on it was measured to gain."""
 
     @property
     def verdict(self) -> str:
-        """The word "pays", or why it does not."""
+        """Whether it pays, by the measurement if there is one, and why not."""
         if self.why_not:
             return f"no: {self.why_not}"
-        return "pays" if self.ceiling >= WORTH else f"no: at most {self.ceiling:.2f}x"
+        if self.measured is None:
+            return "may pay (not measured)" if self.ceiling >= WORTH else f"no: at most {self.ceiling:.2f}x"
+        tokens, speedup = self.measured
+        how = "measured" if tokens == self.product.tokens else f"measured at {tokens:,} tokens"
+        if speedup >= MARGIN:
+            return f"pays {speedup:.2f}x ({how})"
+        later = f"; from {self.wins_from:,} tokens on it does" if self.wins_from is not None else ""
+        return f"does not pay: {speedup:.2f}x ({how}){later}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The most that 2:4 can gain on a model, layer by layer and as a whole."""
+    """What 2:4 can gain on a model, layer by layer and as a whole."""
 
     layers: tuple[Layer, ...]
     ceiling: float
     """Of the whole model, with the layers that torch can run."""
     hardware_ceiling: float
     """Of the whole model, if every N:M layer had a kernel."""
+    measured: Measured = field(default_factory=Measured)
+
+    def expected(self, factor: int = 1) -> float:
+        """Amdahl's law over what was measured: layers that gain run 2:4, all others stay dense.
+
+        Args:
+            factor: of the batch.
+        """
+        gained = 0.0
+        for layer in self.layers:
+            found = None if layer.why_not else self.measured.of(layer.product, factor)
+            if found is not None and found[1] >= MARGIN:
+                gained += layer.share * (1 - 1 / found[1])
+        return 1 / (1 - gained)
+
+    def batch_to_pay(self, batch: int) -> int | None:
+        """The smallest multiple of `batch` by a power of two at which the measurements say that the model gains."""
+        return next((batch * factor for factor in FACTORS if self.expected(factor) >= WORTH), None)
 
     def alike(self) -> dict[str, list[Layer]]:
         """The layers by a name for all that have the same product, verdict and place: ``layers.*.out``."""
@@ -75,13 +138,9 @@ class Plan:
         for layer in self.layers:
             kind = re.sub(r"\d+", "*", layer.name)
             groups.setdefault((kind, layer.product, layer.verdict), []).append(layer)
-        return {_common_name([layer.name for layer in group]): group for group in groups.values()}
+        return {common_name([layer.name for layer in group]): group for group in groups.values()}
 
     def __str__(self) -> str:
-        return self.table({})
-
-    def table(self, measured: Mapping[Shape, float]) -> str:
-        """The layers, alike ones in one row, with the speed-ups of `measured` beside the ceilings; and the totals."""
         headers = ["layers", "", "tokens", "weight", "bound", "of time", "ceiling", "verdict"]
         rows: list[list[object]] = []
         for name, layers in self.alike().items():
@@ -89,17 +148,23 @@ class Plan:
             row = [name.removesuffix(".weight"), len(layers), first.product.tokens]
             row += [f"{first.product.rows}x{first.product.columns}", first.bound]
             row += [f"{sum(layer.share for layer in layers):.1%}", f"{first.ceiling:.2f}x", first.verdict]
-            if measured:
-                speedup = measured.get(_shape(first.product))
-                row.insert(-1, None if speedup is None else f"{speedup:.2f}x")
             rows.append(row)
-        if measured:
-            headers.insert(-1, "measured")
-        pays = sum(layer.verdict == "pays" for layer in self.layers)
-        return (
-            f"{format_table(headers, rows)}\n{pays} of {len(self.layers)} layers pay; the whole model gains at most "
-            f"{self.ceiling:.2f}x with torch's kernels ({self.hardware_ceiling:.2f}x if every sparse layer had one)"
+        able = [layer for layer in self.layers if not layer.why_not]
+        known = [layer for layer in able if layer.measured is not None]
+        lines = [format_table(headers, rows)]
+        if known:
+            pays = sum(layer.verdict.startswith("pays") for layer in known)
+            lines.append(
+                f"{pays} of {len(self.layers)} layers pay; the whole model gains {self.expected():.2f}x by what was "
+                f"measured for {len(known)} of the {len(able)} layers that torch can run"
+            )
+        else:
+            lines.append(f"{sum(layer.ceiling >= WORTH for layer in able)} of {len(self.layers)} layers may pay")
+        lines.append(
+            f"at most {self.ceiling:.2f}x with torch's kernels ({self.hardware_ceiling:.2f}x if every sparse layer had "
+            "one)"
         )
+        return "\n".join(lines)
 
 
 def plan(
@@ -107,8 +172,9 @@ def plan(
     inputs: Tensor,
     device: Device,
     pattern: str = "2:4",
-    dtype: str = "fp16",
+    dtype: str = "bf16",
     exclude: Sequence[str] = (),
+    measured: Measured | None = None,
 ) -> Plan:
     """Plan for a model, which is run once (free on the meta device) and left as it was.
 
@@ -142,6 +208,7 @@ def plan(
         eligible = not why
         why = why or why_not_layer(modules[owner], parameter, weight.shape, DTYPES[dtype], BACKENDS["cusparselt"])
         found.append((weight.name, product, why, eligible))
+    measured = measured or Measured()
     dense = rest + sum(product.dense_seconds(device) for _, product, _, _ in found)
     layers = tuple(
         Layer(
@@ -151,6 +218,8 @@ def plan(
             product.ceiling(device) if eligible else 1.0,
             product.bound(device),
             product.dense_seconds(device) / dense,
+            None if why else measured.of(product),
+            None if why else measured.wins_from(product),
         )
         for name, product, why, eligible in found
     )
@@ -159,13 +228,13 @@ def plan(
         gained = sum(layer.share * (1 - 1 / layer.ceiling) for layer in layers if counts(layer))
         return 1 / (1 - gained)
 
-    return Plan(layers, ceiling(lambda layer: not layer.why_not), ceiling(lambda layer: True))
+    return Plan(layers, ceiling(lambda layer: not layer.why_not), ceiling(lambda layer: True), measured)
 
 
-def measured(device: Device, dtype: str, folders: Iterable[str | Path]) -> dict[Shape, float]:
-    """The speed-ups over dense that `nm_sparsity.benchmarks.inference` measured on `device`, of the best 2:4 way.
+def measurements(device: Device, dtype: str, folders: Iterable[str | Path] = (DEFAULT_FOLDER, COMMITTED)) -> Measured:
+    """What `nm_sparsity.benchmarks.inference` measured on `device`: of each product the best 2:4 way in a CUDA graph.
 
-    Under CUDA graphs: those of the kernels alone. Later files count more than earlier ones.
+    Later files count more than earlier ones.
     """
     found: dict[Shape, float] = {}
     files = [path for folder in folders for path in Path(folder).glob("products_*.json")]
@@ -179,17 +248,7 @@ def measured(device: Device, dtype: str, folders: Iterable[str | Path]) -> dict[
                     shape = (row["tokens"], rows, columns)
                     best[shape] = max(best.get(shape, 0.0), row["speedup"])
             found |= best
-    return found
-
-
-def _shape(product: Product) -> Shape:
-    return product.tokens, product.rows, product.columns
-
-
-def _common_name(names: Sequence[str]) -> str:
-    """One name for all of `names`, with a star for each number in which they differ."""
-    parts = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
-    return "".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
+    return Measured(found)
 
 
 def _reuse(module: nn.Module) -> float:
@@ -200,7 +259,14 @@ def _reuse(module: nn.Module) -> float:
     return max(1.0, covered) / module.groups
 
 
-def for_workload(name: str, batch: int, device: Device, pattern: str = "2:4", dtype: str = "fp16") -> Plan:
+def for_workload(
+    name: str,
+    batch: int,
+    device: Device,
+    pattern: str = "2:4",
+    dtype: str = "bf16",
+    measured: Measured | None = None,
+) -> Plan:
     """Plan for one of our benchmark models or a torchvision one, on the meta device.
 
     Raises:
@@ -208,7 +274,8 @@ def for_workload(name: str, batch: int, device: Device, pattern: str = "2:4", dt
     """
     setup = models.workload(name)
     with torch.device("meta"):
-        return plan(setup.build(), setup.inputs(batch, "meta"), device, pattern, dtype, setup.exclude)
+        inputs = setup.inputs(batch, "meta")
+        return plan(setup.build(), inputs, device, pattern, dtype, setup.exclude, measured)
 
 
 @command_line
@@ -225,22 +292,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pattern", default="2:4", help="N:M (default 2:4)")
     parser.add_argument("--device", default="h100", help=f"{', '.join(devices.DEVICES)} (default h100)")
     parser.add_argument("--batch", type=int, default=32, help="examples at a time, without --input (default 32)")
-    parser.add_argument("--dtype", default="fp16", help=f"{', '.join(DTYPES)} (default fp16)")
+    parser.add_argument("--dtype", default="bf16", help=f"{', '.join(DTYPES)} (default bf16)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     args = parser.parse_args(argv)
     device = devices.find(args.device)
     model, inputs, exclude = _named(args)
-    result = plan(model, inputs, device, args.pattern, args.dtype, exclude)
+    result = plan(model, inputs, device, args.pattern, args.dtype, exclude, measurements(device, args.dtype))
     if not args.json:
         shape = "x".join(map(str, inputs.shape))
-        print(f"{args.model}, {args.pattern}, input {shape}, {args.dtype}\n{device}")
-        print(result.table(measured(device, args.dtype, (DEFAULT_FOLDER, COMMITTED))))
+        print(f"{args.model}, {args.pattern}, input {shape}, {args.dtype}\n{device}\n{result}")
+        if any(layer.measured is not None for layer in result.layers) and result.expected() < WORTH:
+            more = result.batch_to_pay(batch := inputs.shape[0])
+            print(
+                f"it would pay from batch {more} on" if more else f"no batch up to {batch * FACTORS[-1]} makes it pay"
+            )
         return
     rows = [
-        {"layer": layer.name, **vars(layer.product), "ceiling": layer.ceiling, "verdict": layer.verdict}
+        {
+            "layer": layer.name,
+            **vars(layer.product),
+            "ceiling": layer.ceiling,
+            "measured": layer.measured and layer.measured[1],
+            "verdict": layer.verdict,
+        }
         for layer in result.layers
     ]
-    totals = {"ceiling": result.ceiling, "hardware_ceiling": result.hardware_ceiling}
+    totals = {"measured": result.expected(), "ceiling": result.ceiling, "hardware_ceiling": result.hardware_ceiling}
     print(json.dumps({"model": args.model, "device": device.name, **totals, "layers": rows}, indent=2))
 
 

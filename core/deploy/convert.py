@@ -318,7 +318,7 @@ def _candidates(model: nn.Module, backend: Backend) -> Iterator[_Candidate]:
         VerificationError: see `_why_not_2to4`.
     """
     table = record.table(model)
-    follows = dict(_activations(model))
+    follows = dict(activations(model))
     for prefix, module in model.named_modules():
         for name, param in module.named_parameters(recurse=False):
             if param.dim() > 1 and not isinstance(module, nn.Embedding):
@@ -333,7 +333,7 @@ def _candidates(model: nn.Module, backend: Backend) -> Iterator[_Candidate]:
                 yield candidate
 
 
-def _activations(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, nn.Sequential, str]]]:
+def activations(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, nn.Sequential, str]]]:
     """(layer, (activation, the `nn.Sequential` that holds both, the activation's place in it)).
 
     Only of layers that stand at one place, and where no hook would notice.

@@ -31,7 +31,7 @@ def test_every_layer_has_a_verdict_and_the_model_a_ceiling() -> None:
     assert "not divisible by 4" in verdicts[0]
     assert verdicts[1] == "no: torch has no 2:4 convolution but the plain 1 x 1"
     assert verdicts[2].startswith("no: at most 1.0")
-    assert verdicts[3] == "pays"
+    assert verdicts[3] == "may pay (not measured)"
     assert result.layers[3].product == devices.Product(2048, 4096, 1024)
     assert result.layers[1].product == devices.Product(2048 * 16, 64, 576, reuse=9)
     assert 1 < result.ceiling < result.hardware_ceiling < 2
@@ -87,9 +87,9 @@ def test_why_not(options: dict[str, str], device: str, reason: str) -> None:
     assert result.ceiling == 1.0  # the second layer is too narrow for cuSPARSELt
 
 
-def test_what_was_measured_stands_beside_what_was_predicted(tmp_path: Path) -> None:
+def test_measurements_of_the_device_are_read(tmp_path: Path) -> None:
     rows = [
-        {"tokens": 8, "weight": "256x128", "dtype": "fp16", "launch": launch, "how": how, "speedup": speedup}
+        {"tokens": 8, "weight": "256x128", "dtype": "bf16", "launch": launch, "how": how, "speedup": speedup}
         for launch, how, speedup in (
             ("eager", "cusparselt", 9.0),
             ("graph", "dense", None),
@@ -99,16 +99,35 @@ def test_what_was_measured_stands_beside_what_was_predicted(tmp_path: Path) -> N
     ]
     for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"):
         Result("products", name, rows if "H100" in name else []).save(tmp_path)
-    found = plan.measured(H100, "fp16", [tmp_path])
-    assert found == {(8, 256, 128): 1.5}
-    assert plan.measured(H100, "int8", [tmp_path]) == {}
-    assert plan.measured(devices.find("a100"), "fp16", [tmp_path]) == {}
-    model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 64))
-    lines = of(model, torch.randn(8, 128)).table(found).splitlines()
-    assert lines[0].split()[-2:] == ["measured", "verdict"]
-    assert " 1.50x " in lines[2]
-    assert " - " in lines[3]
-    assert "measured" not in str(of(model, torch.randn(8, 128)))
+    assert plan.measurements(H100, "bf16", [tmp_path]).speedups == {(8, 256, 128): 1.5}
+    assert not plan.measurements(H100, "int8", [tmp_path]).speedups
+    assert not plan.measurements(devices.find("a100"), "bf16", [tmp_path]).speedups
+
+
+def test_measurements_decide() -> None:
+    """Two layers that the roofline gives the same time: by hand, Amdahl's law over the one that gains."""
+    measured = plan.Measured({(1024, 4096, 4096): 0.8, (4096, 4096, 4096): 1.5, (16384, 4096, 4096): 1.6})
+    model = nn.Sequential(nn.Linear(4096, 4096, bias=False), nn.Linear(4096, 4096, bias=False))
+
+    def at(tokens: int, exclude: list[str] | None = None) -> plan.Plan:
+        inputs = torch.empty(tokens, 4096, device="meta")
+        return plan.plan(model.to("meta"), inputs, H100, "2:4", "bf16", exclude or [], measured)
+
+    verdicts = {tokens: at(tokens).layers[0].verdict for tokens in (1, 700, 1024, 4096, 12_000)}
+    assert verdicts == {
+        1: "may pay (not measured)",
+        700: "does not pay: 0.80x (measured at 1,024 tokens); from 4,096 tokens on it does",
+        1024: "does not pay: 0.80x (measured); from 4,096 tokens on it does",
+        4096: "pays 1.50x (measured)",
+        12_000: "pays 1.60x (measured at 16,384 tokens)",
+    }
+    assert at(4096).expected() == pytest.approx(1.5)
+    assert at(4096, ["0"]).expected() == pytest.approx(1 / (0.5 + 0.5 / 1.5), rel=1e-3)
+    assert at(1024).expected() == 1.0
+    assert at(1024).batch_to_pay(3) == 12
+    assert plan.Plan((), 1.0, 1.0, measured).batch_to_pay(1) is None
+    assert "2 of 2 layers pay; the whole model gains 1.50x by what was measured for 2 of the 2 layers" in str(at(4096))
+    assert "2 of 2 layers may pay\n" in str(at(1))
 
 
 def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +136,7 @@ def test_known_models(capsys: pytest.CaptureFixture[str]) -> None:
     expected = r"^layer4\.\*\.conv2 +2 +1,568 +512x4608 .* no: torch has no 2:4 convolution"
     assert re.search(expected, text, re.MULTILINE)
     assert re.search(r'^fc +1 +32 +1000x2048 .* no: excluded by "fc"$', text, re.MULTILINE)
-    assert "layers pay; the whole model gains at most 1.0" in text
+    assert "at most 1.0" in text
     assert plan.main(["bert-large", "--json", "--batch", "8", "--device", "a100"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert len(result["layers"]) == 24 * 5

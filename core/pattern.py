@@ -26,7 +26,7 @@ class NMPattern:
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m:
+        if not (type(self.n) is int and type(self.m) is int and 1 <= self.n < self.m):
             raise SparsityError(
                 f'pattern "{self.n}:{self.m}" is not N:M with 1 <= N < M; write e.g. "2:4" to keep 2 of every 4'
             )
@@ -42,7 +42,7 @@ class NMPattern:
             return text
         match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", text) if isinstance(text, str) else None
         if match is None:
-            raise SparsityError(f'pattern "{text}" is not of the form N:M; write e.g. "2:4" to keep 2 of every 4')
+            raise SparsityError(f'pattern "{text!s:.40}" is not of the form N:M; write e.g. "2:4" to keep 2 of every 4')
         return cls(int(match[1]), int(match[2]))
 
     @property

@@ -166,6 +166,8 @@ def _check_sparsity_state(
 ) -> dict[str, tuple[nn.Parameter, WeightState]]:
     """The sparse weights of `model` by name, if `state` is of such weights and has all that `sparsity_state` gives."""
     weights = {name: (param, weight) for name, param, weight in sparse_weights(unwrap(model))}
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"the method's state is a {type(state).__name__}, not what sparsity_state returns")
     for name, memory in state.items():
         if name not in weights:
             raise CheckpointError(f"the method's state names {name}, which is not a sparse weight of this model")

@@ -101,6 +101,8 @@ def verify(
     """
     expected = None if pattern is None else NMPattern.parse(pattern)
     rules = Rules.parse(expected or "2:4", layout, include, exclude, patterns or {}, "dense")
+    if not isinstance(target, nn.Module | Mapping | str | Path):
+        raise SparsityError(f"verify takes a model, a state dict or a path, found {type(target).__name__}")
     if isinstance(target, nn.Module):
         where, checks = _of_model(unwrap(target), expected, rules)
     else:

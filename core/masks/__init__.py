@@ -71,6 +71,10 @@ def group_count(w: Tensor, pattern: str | NMPattern) -> int:
 
 def _check(w: Tensor, pattern: str | NMPattern, dims: Dims) -> tuple[int, int]:
     pattern = NMPattern.parse(pattern)
+    if not isinstance(w, Tensor):
+        raise SparsityError(f"an N:M mask needs a tensor, found {type(w).__name__}")
+    if w.layout != torch.strided:
+        raise SparsityError(f"an N:M mask needs a dense tensor, found one of layout {w.layout}")
     size = reduction_size(w.shape, dims)
     if size % pattern.m:
         raise SparsityError(

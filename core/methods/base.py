@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
-from types import NoneType
-from typing import Any, ClassVar, get_args, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -249,7 +250,7 @@ def make_method(name: str | Method, **hyperparameters: Any) -> Method:
         if hyperparameters:
             raise SparsityError(f"give hyperparameters either in {name!r} or as keywords, not both")
         return name
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise SparsityError(f'unknown method "{name}"; known methods: {", ".join(method_names())}')
     options = [f.name for f in fields(Method)]
     own = [f.name for f in fields(_METHODS[name]) if f.name not in options]
@@ -257,17 +258,33 @@ def make_method(name: str | Method, **hyperparameters: Any) -> Method:
         if key not in (*own, *options):
             takes = f"it takes {', '.join(own) or 'none of its own'}, and as every method {', '.join(options)}"
             raise SparsityError(f'method "{name}" has no hyperparameter "{key}"; {takes}')
+        kind, what = get_type_hints(_METHODS[name])[key], f'hyperparameter "{key}" of method "{name}"'
         if isinstance(value, str):
-            kind = get_type_hints(_METHODS[name])[key]
-            hyperparameters[key] = _parse(value, kind, f'hyperparameter "{key}" of method "{name}"')
+            hyperparameters[key] = _parse(value, kind, what)
+        elif not any(_is_of(value, option) for option in _options(kind)):
+            raise SparsityError(f"{what} must be {_names(kind)}, found {value!r}")
     make: Callable[..., Method] = _METHODS[name]
     return make(**hyperparameters)
 
 
+def _options(kind: Any) -> Sequence[Any]:
+    """The types in a union, text last; any other type alone."""
+    union = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return sorted(union, key=lambda option: option is str)
+
+
+def _names(kind: Any) -> str:
+    return " or ".join("None" if option is NoneType else option.__name__.lower() for option in _options(kind))
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    kind = {float: Real, int: Integral}.get(kind, get_origin(kind) or kind)
+    return not isinstance(kind, type) or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
+
+
 def _parse(text: str, kind: Any, what: str) -> Any:
     """The value of type `kind` that `text` stands for; of a union, the first type that fits, text last."""
-    kinds = sorted(get_args(kind) or (kind,), key=lambda option: option is str)
-    for option in kinds:
+    for option in _options(kind):
         if option is str:
             return text
         if option is NoneType and text.lower() == "none":
@@ -279,5 +296,4 @@ def _parse(text: str, kind: Any, what: str) -> Any:
         if option in (int, float):
             with suppress(ValueError):
                 return option(text)
-    names = " or ".join("None" if option is NoneType else option.__name__.lower() for option in kinds)
-    raise SparsityError(f'{what} must be {names}, found "{text}"')
+    raise SparsityError(f'{what} must be {_names(kind)}, found "{text}"')

@@ -262,6 +262,12 @@ def trained() -> list[Scope]:
     return [scope for reference in _thread.trained.values() if (scope := reference()) is not None]
 
 
+def left_out(model: nn.Module) -> int:
+    """The optimizer steps in a row that left weights of `model` out, up to now; of its blocks, the largest number."""
+    scopes = [module.__dict__[_SCOPE] for module in model.modules() if _SCOPE in module.__dict__]
+    return max((scope.left_out for scope in scopes), default=0)
+
+
 def forget_trained() -> None:
     """See `trained`."""
     _thread.trained.clear()

@@ -225,8 +225,6 @@ def _plan(candidate: Candidate, rules: Rules, method: Method) -> tuple[WeightRep
 def _convertible(model: nn.Module) -> nn.Module:
     if type(model).__name__ == "OptimizedModule":
         raise SparsityError("the model is compiled already: call sparsify first, then torch.compile")
-    if not isinstance(model, nn.Module):
-        raise SparsityError(f"sparsify takes a torch.nn.Module, found {type(model).__name__}")
     model = unwrap(model)
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel" or any(

@@ -6,12 +6,12 @@ computes with the sparse one, while ``_parameters`` and ``state_dict`` keep the 
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from inspect import unwrap
 from typing import Any
 from weakref import ref
 
@@ -27,13 +27,14 @@ from nm_sparsity.core.masks.ops import is_plain, straight_through
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import bank
 from nm_sparsity.core.model.candidates import why_not_tensor
+from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _live: dict[int, ref[SparseLayer]] = {}
 _tracing_graph = torch.compiler.is_dynamo_compiling
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
-_WRAPPERS = {id(unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
+_WRAPPERS = {id(inspect.unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
 """What reads a weight to put something else in its place, and writes before it takes the Parameter out of the layer."""
 _QUANTIZE = "finalize the model, then quantize it; quantization-aware training prepares it before sparsify"
 _blocks = threading.Lock()
@@ -164,7 +165,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
     Weights must not change inside: what is written to them is not seen. Reads with gradients enabled are not cached, so
     training inside stays correct.
     """
-    layers = [layer for _, layer in sparse_layers(model)]
+    layers = [layer for _, layer in sparse_layers(unwrap(model))]
     with _blocks:
         for layer in layers:
             if not layer._nm_blocks:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from nm_sparsity.core.methods import Method, Schedule
+from nm_sparsity.core.model import bank
 from nm_sparsity.core.model.layers import sparse_weights
+from nm_sparsity.core.model.wrappers import unwrap
 
 WEAK_DECAY = 0.1
 """Below this lambda * sum(lr), dropped weights hardly decay and SR-STE trains like STE."""
@@ -26,7 +28,7 @@ def decay_strength(model: nn.Module) -> float | None:
     """
     strengths = [
         _largest_decay(sparse.method) * float(sparse.lr_sum)
-        for _, param, sparse in sparse_weights(model)
+        for _, param, sparse in sparse_weights(unwrap(model))
         if param.requires_grad
     ]
     return max(strengths, default=0.0) or None
@@ -51,7 +53,9 @@ def _largest_decay(method: Method) -> float:
 def warn_if_weak(model: nn.Module) -> None:
     """Warn if the decay never reached the weights, or was too weak to matter in the SGD steps so far."""
     trained = [s for _, p, s in sparse_weights(model) if p.requires_grad and p.grad is not None]
-    if trained and not any(sparse.lr_sum for sparse in trained):
+    if steps := bank.left_out(model):
+        warn_left_out(sum(p.requires_grad and not s.stepped for _, p, s in sparse_weights(model)), steps)
+    elif trained and not any(sparse.lr_sum for sparse in trained):
         warnings.warn(
             "the sparse weights got gradients, but no torch.optim optimizer stepped them: if they were trained, their "
             "method's part in it (SR-STE's decay, ASP's mask) was never applied",
@@ -61,6 +65,17 @@ def warn_if_weak(model: nn.Module) -> None:
     strength = decay_strength(model)
     if strength is not None and not any(s.preconditioned for _, _, s in sparse_weights(model)):
         warn_if_strength_is_weak(strength)
+
+
+def warn_left_out(weights: int, steps: int) -> None:
+    """Warn that so many sparse weights were in no optimizer during the last so many steps."""
+    warnings.warn(
+        f"{weights} sparse weights got gradients, but no optimizer that made the last {steps} steps holds them: "
+        "neither they nor their decay are applied. Give model.parameters() to a torch.optim optimizer that does not "
+        "copy or flatten them (layer.weight is the masked value and no nn.Parameter)",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def warn_if_strength_is_weak(strength: float) -> None:

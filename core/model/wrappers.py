@@ -5,9 +5,17 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nm_sparsity.core.errors import SparsityError
+
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own model inside DistributedDataParallel, DataParallel and torch.compile wrappers."""
+    """The user's own model inside DistributedDataParallel, DataParallel and torch.compile wrappers.
+
+    Raises:
+        SparsityError: for what is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise SparsityError(f"expected a torch.nn.Module, found {type(model).__name__}")
     while True:
         if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import MutableSet
 from collections.abc import Set as AbstractSet
 
@@ -10,8 +9,9 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from nm_sparsity.core.model import bank
+from nm_sparsity.core.model.strength import warn_left_out
 
-STEPS = 10
+_SAID_AT = {10**k for k in range(1, 10)}
 """After so many steps without its weights a model is reported."""
 
 
@@ -45,14 +45,8 @@ def look(held: AbstractSet[int], complete: MutableSet[bank.Scope]) -> None:
             continue
         scope.gradient = TensorWeakRef(grads[0])
         scope.left_out += 1
-        if scope.left_out == STEPS:
-            warnings.warn(
-                f"{len(grads)} sparse weights got gradients, but no optimizer that made the last {STEPS} steps holds "
-                "them: neither they nor their decay are applied. Give model.parameters() to a torch.optim optimizer "
-                "that does not copy or flatten them (layer.weight is the masked value and no nn.Parameter)",
-                UserWarning,
-                stacklevel=2,
-            )
+        if scope.left_out in _SAID_AT:
+            warn_left_out(len(grads), scope.left_out)
 
 
 def _is(reference: TensorWeakRef | None, tensor: Tensor) -> bool:

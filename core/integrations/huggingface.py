@@ -79,8 +79,14 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
             )
         if not is_sparse(model):
             self._prepare(model)
-        if (folder := _running_loop().get("resume_from_checkpoint")) is not None:
+        loop = _running_loop()
+        if (folder := loop.get("resume_from_checkpoint")) is not None:
             resume(model, folder)
+        elif state.global_step and not loop:
+            raise SparsityError(
+                "NMSparsity cannot tell from which folder this Trainer resumes, since it has a loop of its own: leave "
+                "the callback out, call sparsify before training, and resume of this module after loading"
+            )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Remember the masks before a step that is to be measured."""

@@ -24,24 +24,23 @@ class Float8Linear(nn.Module):
     def __init__(self, layer: nn.Linear, largest_input: float, tokens: int) -> None:
         super().__init__()
         self.rows, self.tokens = layer.out_features, tokens
-        self.input_scale = max(largest_input, 1e-6) / LARGEST
-        self.weight_scale = max(float(layer.weight.detach().abs().max()), 1e-6) / LARGEST
-        self.weight = nn.Parameter((layer.weight.detach() / self.weight_scale).to(FP8), requires_grad=False)
+        weight = layer.weight.detach()
+        scales = torch.tensor([max(largest_input, 1e-6), max(float(weight.abs().max()), 1e-6)], device=weight.device)
+        self.register_buffer("scales", scales / LARGEST)
+        self.weight = nn.Parameter((weight.float() / scales[1] * LARGEST).to(FP8), requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
         self.algorithms: tuple[int, ...] | None = None
         """Of a 2:4 weight; None for a dense one."""
-        scales = torch.tensor([self.input_scale, self.weight_scale], device=layer.weight.device)
-        self.register_buffer("scales", scales, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) in bf16 -> (..., out_features) in bf16."""
-        rounded = (x / self.input_scale).clamp(-LARGEST, LARGEST).to(FP8)
+        scales: Any = self.scales  # tensors: numbers of each layer would be compiled into it
+        rounded = (x.float() / scales[0]).clamp(-LARGEST, LARGEST).to(FP8)
         if self.algorithms is not None:
-            scale = self.input_scale * self.weight_scale
             op: Any = torch.ops.nm_sparsity.linear_2to4
-            y: Tensor = op(rounded, self.weight, self.bias, None, self.rows, scale, "", x.dtype, self.algorithms)
-            return y
-        scales: Any = self.scales.float()
+            y: Tensor = op(rounded, self.weight, None, None, self.rows, 1.0, "", x.dtype, self.algorithms)
+            y = y * (scales[0] * scales[1]).to(x.dtype)
+            return y if self.bias is None else y + self.bias
         y = torch._scaled_mm(
             rounded.reshape(-1, x.shape[-1]),
             self.weight.t(),

@@ -59,7 +59,8 @@ def measure(result: Result, name: str, batch: int, dtype: str, machine: Machine,
     kept = torch.bfloat16 if device.type == "cuda" else torch.float32
     head = {"model": name, "batch": batch, "dtype": dtype if device.type == "cuda" else "fp32"}
     torch.manual_seed(0)
-    base = setup.build()
+    with torch.device(device):
+        base = setup.build()
     sparsify(base, "2:4", exclude=setup.exclude)
     finalize(base)
     base = base.to(device, kept).eval()
@@ -126,14 +127,14 @@ def _variants(machine: Machine, dtype: str, x: Tensor) -> Iterator[tuple[str, tu
         done: Acceleration = to_semi_structured(model, x, backend=backend, clock=machine.clock, **options)
         return {"sparse_layers": len(done.converted)}
 
-    for how in SPARSE[:3]:
-        yield how, launches, lambda model, how=how: convert(model, how, measure=False)  # type: ignore[misc]
-    for launch in launches[::2]:  # one model for Python, one for graphs
+    for launch in reversed(launches[::2]):  # one model for Python, one for graphs
 
         def measured(model: nn.Module, launch: str = launch) -> Row:
             return convert(model, SPARSE[3], launch="eager" if launch == "eager" else "graph")
 
         yield SPARSE[3], (launch,), measured
+    for how in reversed(SPARSE[:3]):
+        yield how, launches, lambda model, how=how: convert(model, how, measure=False)  # type: ignore[misc]
 
 
 def model_call(model: Any, inputs: list[Tensor]) -> Callable[[int], Any]:
@@ -164,7 +165,7 @@ def groups(device: torch.device, quick: bool, rounds: int) -> Iterator[Group]:
     cases = [("transformer-base", 1, "bf16")] if quick or on_cpu else MODELS
     for name, batch, dtype in cases:
         label = {"model": name, "batch": batch, "dtype": dtype}
-        yield Group("models", module, label, {**label_options(label), "rounds": rounds}, 0.12, 400.0)
+        yield Group("models", module, label, {**label_options(label), "rounds": rounds}, 0.2, 400.0)
 
 
 def label_options(label: Row) -> dict[str, Any]:

@@ -149,8 +149,7 @@ class _Plan(Resources):
             )
         default = CONSTANTS["CUSPARSELT_MATMUL_ALG_DEFAULT"]
         selection = make("MatmulAlgSelectionInit", "MatmulAlgSelectionDestroy", matmul, default)
-        self.most = self._algorithm("Get", handle, selection, "ALG_CONFIG_MAX_ID", 0)
-        """The algorithms' ids are below this."""
+        self._selection = selection
         wanted = Algorithm(*product.algorithm)
         self._algorithm("Set", handle, selection, "ALG_CONFIG_ID", wanted.id)
         if wanted.split_k != 1:
@@ -162,6 +161,11 @@ class _Plan(Resources):
         self.library.call("MatmulGetWorkspace", handle, self.address, byref(size))
         self.workspace = size.value
         """Bytes."""
+
+    @property
+    def most(self) -> int:
+        """The algorithms' ids are below this."""
+        return self._algorithm("Get", self.handle.address, self._selection, "ALG_CONFIG_MAX_ID", 0)
 
     def _algorithm(self, what: str, handle: int, selection: int, name: str, value: int) -> int:
         number = c_int(value)
@@ -308,6 +312,8 @@ def linear(
     tokens = len(rows)
     padded = tokens + -tokens % operands.multiple
     rows = F.pad(rows, (0, 0, 0, padded - tokens)) if padded != tokens else rows.contiguous()
+    if rows.data_ptr() % _ALIGNMENT:  # a view into other memory
+        rows = rows.clone()
     shape = (*x.shape[:-1], out_features)
     y = x.new_empty(shape if padded == tokens else (padded, out_features), dtype=out_dtype)
     if tokens:

@@ -80,8 +80,11 @@ class Accelerated:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives, without gradients."""
         fast = self._fast.get(_signature(args, kwargs))
-        with evaluating(self.model):
-            return self.model(*args, **kwargs) if fast is None else fast(*args, **kwargs)
+        if fast is None:
+            with evaluating(self.model):
+                return self.model(*args, **kwargs)
+        with torch.no_grad():
+            return fast(*args, **kwargs)
 
 
 def accelerate(

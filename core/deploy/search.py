@@ -39,6 +39,15 @@ TOLERANCE = 0.02
 PATIENCE = 30.0
 """Seconds without an answer after which a child hangs; for the first one, `START`."""
 START = 120.0
+UNKNOWN = 64
+"""Ids to try where the library does not tell how many it has; those that it has not are refused."""
+
+IN_A_GRAPH = 4
+"""Calls."""
+
+SLOW = 1.3
+"""An algorithm that takes so many times the best one's time is not timed again."""
+
 DEATHS = 12
 """After so many, the search gives up."""
 
@@ -203,7 +212,10 @@ class _Trial:
         problem = self.problem
         # The first plan tells how many there are, and the default algorithm may be bad.
         first = next((i for i in range(1000) if Algorithm(i) not in bad), 0)
-        count = cusparselt.algorithms_of(self._product(Algorithm(first)))
+        try:
+            count = cusparselt.algorithms_of(self._product(Algorithm(first)))
+        except CuSparseLtError:  # of the first, or of the question: the others may still do
+            count = UNKNOWN
         ids = [Algorithm(i) for i in range(count)]
         for algorithm in ids:
             yield from self._try(algorithm, times, bad)
@@ -219,9 +231,12 @@ class _Trial:
             return
         yield {"trying": list(algorithm)}
         try:
-            times[algorithm] = self._seconds(algorithm) if self._right(self._call(algorithm)) else math.inf
+            best = min(times.values(), default=math.inf)
+            times[algorithm] = self._seconds(algorithm, best) if self._right(self._call(algorithm)) else math.inf
         except CuSparseLtError:
             times[algorithm] = math.inf
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()  # a context that is broken dies here, and not with the next algorithm
         yield {"tried": list(algorithm), "seconds": times[algorithm]}
 
     def _product(self, algorithm: Algorithm) -> cusparselt.Product:
@@ -254,11 +269,16 @@ class _Trial:
         error = (found.float() - self.expected.float()).norm() / self.expected.float().norm()
         return bool(error <= TOLERANCE)  # not of NaN
 
-    def _seconds(self, algorithm: Algorithm) -> float:
-        calls = 8 if self.device.type == "cuda" else 1
-        call = CudaGraph(lambda i: self._call(algorithm), calls) if calls > 1 else lambda i: self._call(algorithm)
-        seconds(call, self.device, 2)
-        return statistics.median(seconds(call, self.device, 2) for _ in range(3)) / calls
+    def _seconds(self, algorithm: Algorithm, best: float) -> float:
+        def call(_: int) -> Tensor:
+            return self._call(algorithm)
+
+        launched = CudaGraph(call, IN_A_GRAPH) if self.device.type == "cuda" else call
+        calls = launched.calls if isinstance(launched, CudaGraph) else 1
+        first = seconds(launched, self.device, 1) / calls
+        if first > SLOW * best:
+            return first
+        return statistics.median(seconds(launched, self.device, 2) / calls for _ in range(3))
 
 
 if __name__ == "__main__":

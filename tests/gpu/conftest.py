@@ -1,6 +1,7 @@
-"""Tests that need a GPU: `PYTHONPATH=. python3 -m pytest tests/gpu`, with the package uninstalled.
+"""Tests that need a GPU: `PYTHONPATH=. python3 -m pytest -s tests/gpu`, with the package uninstalled.
 
-Each file runs in a process of its own, so that a broken CUDA context loses that file's results alone.
+Each file runs in a process of its own, so that a broken CUDA context loses that file's results alone. With -s the
+figures show that they print.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class _Process(pytest.Item):
             "-m",
             "pytest",
             "-q",
+            "-s",
             "-c",
             str(Path(__file__).with_name("pytest.ini")),
             str(self.path),

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from nm_sparsity.classification.study import ImageStudy
-from nm_sparsity.core.experiments.command_line import command_line, print_next_steps
+from nm_sparsity.core.experiments.command_line import command_line, make_parser, print_next_steps
 from nm_sparsity.core.experiments.conduct import show
 from nm_sparsity.core.experiments.run import FINALIZED
 
@@ -37,4 +37,5 @@ def main(study: ImageStudy = DEMO) -> None:
 
 
 if __name__ == "__main__":
+    make_parser(__doc__).parse_args()
     sys.exit(main())

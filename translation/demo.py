@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nm_sparsity.core.experiments.command_line import command_line, print_next_steps
+from nm_sparsity.core.experiments.command_line import command_line, make_parser, print_next_steps
 from nm_sparsity.core.experiments.conduct import show
 from nm_sparsity.core.experiments.run import FINALIZED
 from nm_sparsity.translation.study import TranslationStudy
@@ -43,4 +43,5 @@ def main(study: TranslationStudy = DEMO) -> None:
 
 
 if __name__ == "__main__":
+    make_parser(__doc__).parse_args()
     sys.exit(main())

@@ -15,17 +15,27 @@ from nm_sparsity.core.errors import SparsityError
 
 
 def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Decorate a ``main``: a `SparsityError` becomes ``error: ...`` on stderr and exit status 1.
+    """Decorate a ``main``: what its user can mend becomes ``error: ...`` on stderr and exit status 1.
 
-    The wrapped function returns the exit status; ``main`` may return ``None`` for 0.
+    That is a `SparsityError`, and what the system says of files and folders. The wrapped function returns the exit
+    status; ``main`` may return ``None`` for 0.
     """
 
     @wraps(main)
     def run(*args: object, **kwargs: object) -> int:
         try:
-            return main(*args, **kwargs) or 0
+            status = main(*args, **kwargs) or 0
+            sys.stdout.flush()
+            return status
         except SparsityError as error:
             print(f"error: {error}", file=sys.stderr)
+            return 1
+        except BrokenPipeError:  # Whoever read the output has seen enough, as head has.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:
+            what = error if error.filename is None else f"{str(error.filename)[:200]}: {error.strerror}"
+            print(f"error: {what}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
@@ -90,6 +100,35 @@ def present_names(arguments: Sequence[str], renamed: Mapping[str, str]) -> list[
                 break
         result.append(option + equals + value)
     return result
+
+
+def gather_values(arguments: Sequence[str], lists: Sequence[str], mappings: Sequence[str] = ()) -> list[str]:
+    """`arguments` with each option of several values once, at the end, however often it was given.
+
+    Args:
+        lists: options whose values may follow each other, as in ``--exclude a b``, or be given one by one, as in
+            ``--exclude a --exclude b``.
+        mappings: those whose values are ``NAME=VALUE``; they become two words, as tyro reads them.
+    """
+    rest: list[str] = []
+    found: dict[str, list[str]] = {}
+    current = ""
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        if option in (*lists, *mappings):
+            found.setdefault(current := option, [])
+            if not equals:
+                continue
+            argument = value
+        elif argument.startswith("-"):
+            current = ""
+        if not current:
+            rest.append(argument)
+        elif current in mappings:
+            found[current] += argument.rsplit("=", 1)
+        else:
+            found[current].append(argument)
+    return [*rest, *(word for option, words in found.items() for word in (option, *words))]
 
 
 def print_next_steps(steps: Mapping[str, str]) -> None:

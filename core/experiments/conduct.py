@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any, TextIO
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.experiments.command_line import present_names
+from nm_sparsity.core.experiments.command_line import gather_values, present_names
 from nm_sparsity.core.experiments.comparison import Row, draw, results_table, write_report
 from nm_sparsity.core.experiments.folders import held, make_folder
 from nm_sparsity.core.experiments.run import FINALIZED, write_json
@@ -63,6 +63,7 @@ def study_command(kind: type[Study], arguments: Sequence[str] | None, program: s
 
     renamed = {"--folder": "--out", "--workers": "--jobs", "--processes": "--jobs"}
     given = present_names(sys.argv[1:] if arguments is None else arguments, renamed)
+    given = gather_values(given, ("--methods", "--patterns", "--seeds", "--decays", "--choosing-seeds"))
     show(tyro.cli(kind, args=given, prog=program))
 
 

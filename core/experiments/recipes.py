@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, get_type_hi
 import tyro
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.experiments.command_line import present_names, say_renamed
+from nm_sparsity.core.experiments.command_line import gather_values, present_names, say_renamed
 from nm_sparsity.core.experiments.run import CONFIG, as_json
 from nm_sparsity.core.model.config import SparsityConfig
 from nm_sparsity.core.table import format_table
@@ -175,6 +175,7 @@ class Recipes(Generic[C]):
             sys.exit(0 if arguments else 2)
         base, recorded = self._get(arguments[0])
         overrides = present_names(arguments[1:], base.renamed)
+        overrides = gather_values(overrides, ("--include", "--exclude"), ("--patterns", "--hyperparameters"))
         if any(override.partition("=")[0] == "--method" for override in overrides):
             # A recipe's hyperparameters belong to its method; another one starts from its own defaults.
             base = replace(base, sparsity=replace(base.sparsity, decay=None, hyperparameters={}))

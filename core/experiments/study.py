@@ -7,6 +7,7 @@ the runs and `comparison` reports on them, alike for all tasks.
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,8 +178,15 @@ class Study(ABC):
     def __post_init__(self) -> None:
         if min(self.length, len(self.seeds), len(self.methods)) < 1 or self.jobs < 0:
             raise SparsityError("a study needs a method, a seed and a length of at least 1, and jobs of 0 or more")
-        if twice := {*self.seeds} & {*self.choosing_seeds}:
-            raise SparsityError(f"seed {min(twice)} chooses lambda and so must not be among those reported")
+        for name in ("methods", "patterns", "seeds", "decays"):
+            values: tuple[object, ...] = getattr(self, name)
+            if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+                raise SparsityError(f"{name} has {twice[0]} twice: it would be the same run")
+        if not all(0 <= decay < math.inf for decay in self.decays):
+            raise SparsityError(f"decays are 0 or more, found {' '.join(f'{decay:g}' for decay in self.decays)}")
+        has_decay(self.reference)  # It is a method.
+        if shared := {*self.seeds} & {*self.choosing_seeds}:
+            raise SparsityError(f"seed {min(shared)} chooses lambda and so must not be among those reported")
         for pattern in self.patterns:
             NMPattern.parse(pattern)
         if any(has_decay(method) for method in self.methods) and not (self.decays and self.choosing_seeds):

@@ -190,8 +190,8 @@ def find_parts(payload: Any, path: str | Path) -> tuple[dict[str, Any], Metadata
 
 
 def _named(state: Mapping[Any, Any], path: str | Path) -> Mapping[str, Any]:
-    if wrong := next((name for name in state if not isinstance(name, str)), None):
-        raise CheckpointError(f"{path} holds no state dict: {wrong!r} is no name of a tensor")
+    if wrong := [name for name in state if not isinstance(name, str)]:
+        raise CheckpointError(f"{path} holds no state dict: {_brief(wrong[0])} is no name of a tensor")
     return state
 
 

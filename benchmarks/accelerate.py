@@ -21,8 +21,7 @@ from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.files.checkpoint import restore
-from nm_sparsity.core.files.io import load
-from nm_sparsity.core.files.metadata import find_parts
+from nm_sparsity.core.files.contents import read
 from nm_sparsity.core.files.packed import load_packed, save_packed
 from nm_sparsity.core.table import format_table
 
@@ -32,13 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, dtype: str = "bf16") -> list[tuple[str, str]]:
     """Do every step, writing the packed and the ONNX file into `out`; returns (step, outcome) of each."""
     steps = [("verify", str(verify(checkpoint)).splitlines()[-1])]
-    packed = save_packed(out / f"{checkpoint.stem}.safetensors", checkpoint)
-    state, _ = find_parts(load(checkpoint), checkpoint)
-    same = all(torch.equal(value, state[name]) for name, value in load_packed(packed).items())
-    dense_bytes = sum(value.nbytes for value in state.values())
-    size = packed.stat().st_size
-    outcome = "gives the same weights back" if same else "does NOT give the same weights back"
-    steps.append(("pack", f"{packed}: {size / dense_bytes:.3f} of {dense_bytes / 1e6:.2f} MB, {outcome}"))
+    state = read(checkpoint).state
     restore(model, state)
     model.eval()
     try:
@@ -48,6 +41,12 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, dtype: 
         shape = "x".join(map(str, x.shape))
         reason = first_line(error)
         raise SparsityError(f"the model does not take an input of {shape} ({x.dtype}): {reason}") from error
+    packed = save_packed(out / f"{checkpoint.stem}.safetensors", checkpoint)
+    same = all(torch.equal(value, state[name]) for name, value in load_packed(packed).items())
+    dense_bytes = sum(value.nbytes for value in state.values())
+    size = packed.stat().st_size
+    outcome = "gives the same weights back" if same else "does NOT give the same weights back"
+    steps.append(("pack", f"{packed}: {size / dense_bytes:.3f} of {dense_bytes / 1e6:.2f} MB, {outcome}"))
     try:
         steps.append(("ONNX", str(to_onnx(model, (x,), out / f"{checkpoint.stem}.onnx"))))
     except SparsityError as error:

@@ -187,7 +187,7 @@ def set_up(args: argparse.Namespace) -> torch.device:
         if getattr(args, option, 1) < 1:
             raise SparsityError(f"--{option} must be at least 1")
     minutes = getattr(args, "minutes", None)
-    if minutes is not None and minutes <= 0:
+    if minutes is not None and not minutes > 0:
         raise SparsityError("--minutes must be above 0")
     return settle(choose_device(args.device), args.threads)
 

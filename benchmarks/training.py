@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from nm_sparsity.benchmarks import models, report, timing
 from nm_sparsity.benchmarks.masks import published_mask
 from nm_sparsity.benchmarks.report import Result
-from nm_sparsity.core import sparsify
+from nm_sparsity.core import SparsityError, sparsify
 from nm_sparsity.core.deploy.clock import host_seconds
 from nm_sparsity.core.experiments.command_line import command_line, make_parser
 
@@ -282,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, help="after which no further case begins")
     args = parser.parse_args(argv)
     device = report.set_up(args)
+    known = dict.fromkeys(case.model for case in (GPU_CASES if device.type == "cuda" else CPU_CASES))
+    if unknown := [model for model in args.only if model not in known]:
+        raise SparsityError(f'no training of "{unknown[0]}" is measured on this device; known: {", ".join(known)}')
     with report.saved("training", device, args.out) as result:
         run(result, device, args.quick, args.rounds, args.only, args.minutes)
 

@@ -18,6 +18,7 @@ from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
 from nm_sparsity.core.experiments.study import Column, Plot, Result, Run, Study
+from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import prepare
 
 
@@ -83,6 +84,7 @@ class DetectionStudy(Study):
         return self.data or Path("data") / f"study-{self.pictures}"
 
     def prepare(self) -> None:
+        configs.read(self.config)  # A mistyped name is one message now, not one after pictures are drawn.
         if not (self.folder / "annotations" / "instances_test.json").exists():
             if self.pictures == "fashion":
                 prepare.fashion(self.folder, train=1600, val=200, size=128)

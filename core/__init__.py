@@ -2,6 +2,7 @@
 
 from nm_sparsity.core.errors import CheckpointError, SparsityError, VerificationError
 from nm_sparsity.core.files.checkpoint import load_sparsity_state, sparsity_state
+from nm_sparsity.core.files.stateful import SparsityState
 from nm_sparsity.core.files.verify import Verification, verify
 from nm_sparsity.core.masks import keep_largest, nm_mask, satisfies
 from nm_sparsity.core.methods import Method, Step, WeightState, make_method, register
@@ -23,6 +24,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityError",
     "SparsityReport",
+    "SparsityState",
     "Step",
     "Verification",
     "VerificationError",

@@ -169,6 +169,8 @@ class WeightState:
     """How often something was written to the weight through what the layer handed out: values kept before are stale."""
     lost: bool = field(default=False, compare=False)
     """Whether something was written to what the layer handed out in a way that could not be sent on."""
+    settled: tuple[int, int] | None = field(default=None, compare=False)
+    """`writes` and the weight's version when a fixed mask was last applied: others since tell of a weight loaded."""
     ended: bool = field(default=False, compare=False)
     """Whether the weight was finalized, or made dense again, by its user's wish."""
 

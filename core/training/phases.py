@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nm_sparsity.core.masks.batched import apply_masks_
+from nm_sparsity.core.masks.groups import reduction_last, restore_order
 from nm_sparsity.core.methods import Method, Step
 
 
@@ -23,6 +24,7 @@ def begin(step: Step, method: Method) -> None:
         step.scale = step.scale * ~first.dense
     if method.fix_at is None:
         return
+    _renew(step)
     if method.scheduled:
         fixing = first.steps == first.boundary(max(method.fix_at, method.latest_start))
     else:
@@ -47,6 +49,25 @@ def mask_gradients(step: Step) -> None:
 def mask_weights(step: Step) -> None:
     """After the update: what momentum from before the mask was fixed moved becomes zero again."""
     _apply(step, step.batch.weights)
+    if step.states[0].method.fix_at is None:
+        return
+    for w, state in zip(step.batch.weights, step.states, strict=True):
+        state.settled = state.writes, w._version
+
+
+def _renew(step: Step) -> None:
+    """Give the groups a new mask that hold weights which theirs drops: others than the trained ones were loaded."""
+    pairs = list(zip(step.states, step.batch.weights, strict=True))
+    written = [i for i, (s, w) in enumerate(pairs) if "mask" in s.memory and s.settled != (s.writes, w._version)]
+    if not written:
+        return
+    fresh = step.batch.nm_mask()
+    for i in written:
+        state, w = pairs[i]
+        tensors = w, state.memory["mask"].to(w.device), fresh[i]
+        values, old, new = (reduction_last(t, state.dims).unflatten(-1, (-1, state.pattern.m)) for t in tensors)
+        unfit = (values.ne(0) & ~old).any(-1, keepdim=True)
+        state.memory["mask"] = restore_order(torch.where(unfit, new, old).flatten(-2), w.shape, state.dims).contiguous()
 
 
 def _apply(step: Step, targets: Sequence[Tensor | None]) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from nm_sparsity.core import MaskTracker, SparsityError, finalize, sparsify
+from nm_sparsity.core import MaskTracker, SparsityError, SparsityState, finalize, sparsify
 from nm_sparsity.core.files import checkpoint
 from nm_sparsity.core.masks.batched import Batch
 
@@ -137,6 +141,33 @@ def main() -> None:
     train(fixed, sgd(fixed.parameters()), mine)
     results["asp resume sharded"] = float((whole(again) - whole(fixed)).abs().max())
     results["asp resume in one process"] = float((whole(alone) - whole(fixed)).abs().max())
+
+    # The same through torch.distributed.checkpoint, with the state as an entry of its own, once with zeros among the
+    # kept weights, which tell nothing of the mask.
+    optimizer = sgd(fixed.parameters())
+    train(fixed, optimizer, mine)
+    folder = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(folder)
+
+    def entries(net: nn.Module, its_optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(net, its_optimizer)
+        return {"model": model_state, "optimizer": optimizer_state, "sparsity": SparsityState(net)}
+
+    with torch.no_grad():
+        fixed[0].get_parameter("weight").to_local()[:, -4:].zero_()
+    dcp.save(entries(fixed, optimizer), checkpoint_id=folder[0])
+    resumed = make()
+    sparsify(resumed, "2:4", method="asp")
+    fully_shard(resumed)
+    its_optimizer = sgd(resumed.parameters())
+    loaded = entries(resumed, its_optimizer)
+    dcp.load(loaded, checkpoint_id=folder[0])
+    set_state_dict(resumed, its_optimizer, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"])
+    for net, stepped in ((fixed, optimizer), (resumed, its_optimizer)):
+        train(net, stepped, mine)
+    results["asp resume through dcp"] = float((whole(resumed) - whole(fixed)).abs().max())
+    if rank == 0:
+        shutil.rmtree(folder[0])
 
     tracker = MaskTracker(sharded)
     train(sharded, sgd(sharded.parameters()), mine)

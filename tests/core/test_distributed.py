@@ -47,6 +47,7 @@ def test_sharded_models_resume_and_gather_bit_for_bit(results: dict[str, Any]) -
     assert results["asp masks are whole"] is True
     assert results["asp resume sharded"] < 1e-12
     assert results["asp resume in one process"] < 1e-12
+    assert results["asp resume through dcp"] == 0
 
 
 def test_each_unit_of_fsdp2_is_one_launch(results: dict[str, Any]) -> None:

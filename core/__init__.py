@@ -5,7 +5,7 @@ from nm_sparsity.core.files.checkpoint import load_sparsity_state, sparsity_stat
 from nm_sparsity.core.files.stateful import SparsityState
 from nm_sparsity.core.files.verify import Verification, verify
 from nm_sparsity.core.masks import keep_largest, nm_mask, satisfies
-from nm_sparsity.core.methods import Method, Step, WeightState, make_method, register
+from nm_sparsity.core.methods import Method, Schedule, Step, WeightState, make_method, method_names, register
 from nm_sparsity.core.model.config import SparsityConfig
 from nm_sparsity.core.model.convert import finalize, sparsify, unsparsify
 from nm_sparsity.core.model.layers import frozen
@@ -21,6 +21,7 @@ __all__ = [
     "MaskTracker",
     "Method",
     "NMPattern",
+    "Schedule",
     "SparsityConfig",
     "SparsityError",
     "SparsityReport",
@@ -35,6 +36,7 @@ __all__ = [
     "keep_largest",
     "load_sparsity_state",
     "make_method",
+    "method_names",
     "nm_mask",
     "register",
     "satisfies",

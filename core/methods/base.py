@@ -188,7 +188,8 @@ class WeightState:
     def progress(self) -> Tensor:
         """The fraction of the run that is done, as a 0-dim tensor on the weight's device."""
         assert self.method.total_steps is not None  # `sparsify` has checked
-        return self.steps / self.method.total_steps
+        wide = torch.float64 if self.steps.device.type == "cpu" else torch.float32  # which some devices lack
+        return self.steps.to(wide) / self.method.total_steps
 
     def boundary(self, fraction: float) -> int:
         """The first step at which `fraction` of the run is done."""

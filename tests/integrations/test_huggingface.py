@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,6 +268,18 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         model = llama()
         sparsify(model)
         trainer(model, words, tmp_path, NMSparsity())
+
+
+def test_what_its_checkpoints_do_not_cover_is_refused() -> None:
+    model = llama()
+    sparsify(model)
+    state = SimpleNamespace(global_step=3)
+    with pytest.raises(SparsityError, match="one device and under DDP"):
+        NMSparsity().on_train_begin(SimpleNamespace(deepspeed="zero.json"), state, None, model=model)
+    # A loop that is not the Trainer's does not tell what it resumes; one that begins has nothing to tell.
+    with pytest.raises(SparsityError, match="from which folder this Trainer resumes"):
+        NMSparsity().on_train_begin(SimpleNamespace(), state, None, model=model)
+    NMSparsity().on_train_begin(SimpleNamespace(), SimpleNamespace(global_step=0), None, model=model)
 
 
 def test_generation_makes_each_mask_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

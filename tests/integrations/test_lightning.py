@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -157,3 +159,6 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         NMSparsity(patern="2:4")
     with pytest.raises(SparsityError, match="nothing of Classifier is sparse at 2:64"):
         fit(seeded(), tmp_path, NMSparsity("2:64"))
+    sharded = SimpleNamespace(strategy=FSDPStrategy())
+    with pytest.raises(SparsityError, match="FSDPStrategy keeps the weights in pieces"):
+        NMSparsity().setup(sharded, seeded(), "fit")

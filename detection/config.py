@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +43,15 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
     Raises:
         SparsityError: for an unknown name, a config that cannot be read or overridden, or one of MMDetection 2.
     """
-    import nm_sparsity.detection.plugin  # noqa: F401, I001  before mmdet, which binds mmcv's operators
-    import mmdet  # noqa: F401  registers mmdet's scope
     from mmengine.config import Config
+
+    import nm_sparsity.detection.plugin  # noqa: F401  before mmdet, which binds mmcv's operators
+
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        # It complains of optional packages that nobody asked for.
+        warnings.simplefilter("ignore")
+        import mmdet.apis
+        import mmdet.evaluation  # noqa: F401  registers mmdet's scope
 
     path = FOLDER / f"{name}.py" if name in names() else Path(name)
     try:

@@ -29,11 +29,13 @@ def main(study: DetectionStudy = DEMO) -> None:
     """Train what is not there yet, show the comparison, and say what to try next; takes no arguments."""
     print("A small Mask R-CNN on digits on photographs: dense, and 2:4 sparse by SR-STE")
     show(study)
-    print(f"Ground truth above, predictions below: {study.out}/*/predictions.png\n")
+    print(f"Truth above, predictions below: {study.out}/*/predictions.png\n")
+    sparse = study.out / study.run("sr-ste", 0, "2:4", 0.1).name
     print_next_steps(
         {
             "is it really 2:4?": f"nm_sparsity.core verify {study.out / FINALIZED} --pattern 2:4",
             "COCO's numbers for each class": f"nm_sparsity.detection.evaluate {study.out}/dense-seed0",
+            "what does it find?": f"nm_sparsity.detection.predict {sparse} {study.folder}/test",
             "a harder pattern": f"nm_sparsity.detection.train {study.config} --data {study.folder} --pattern 1:8 "
             "--decay 0.1 --out runs/detection_1to8",
             "your own annotations (PASCAL VOC)": "nm_sparsity.detection.prepare voc --source VOC --out data/mine",

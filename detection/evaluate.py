@@ -1,4 +1,4 @@
-"""Score a trained detector as COCO does: ``python -m nm_sparsity.detection.evaluate RUN``.
+"""Score a trained detector as COCO does, in percent: ``python -m nm_sparsity.detection.evaluate RUN``.
 
 Writes ``evaluation.json`` and ``predictions.png`` into the run folder and, for a sparse model, ``finalized.pt``: the
 verified N:M model as any MMDetection loads it, which must score the same.
@@ -18,24 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
-from matplotlib.font_manager import findfont
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch import Tensor, nn
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, save_image
+from torch import nn
 from tqdm import tqdm
 
-from nm_sparsity.core import SparsityError, frozen
+from nm_sparsity.core import frozen
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
+from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import FINALIZED, environment, write_json
-from nm_sparsity.core.files.checkpoint import restore
-from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.core.table import format_table
 from nm_sparsity.detection import PACKAGES
-from nm_sparsity.detection import config as configs
+from nm_sparsity.detection.checkpoints import Trained
+from nm_sparsity.detection.pictures import WIDTH, draw, grid
 
 NUMBERS = (
     *("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large"),
@@ -44,7 +42,9 @@ NUMBERS = (
 """COCO's twelve numbers, in the order of ``COCOeval.stats``."""
 
 SHOWN_SCORE = 0.5
-PICTURE_WIDTH = 384
+
+EVALUATION, PREDICTIONS = "evaluation.json", "predictions.png"
+"""What an evaluation writes beside `FINALIZED`."""
 
 Detections = list[dict[str, Any]]
 """COCO results: image_id, category_id, bbox (x, y, width, height), score and, from mask heads, segmentation."""
@@ -52,7 +52,8 @@ Detections = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Score:
-    """COCO's twelve numbers and AP per class, for boxes or masks; ``None`` where nothing of that kind is annotated."""
+    """COCO's twelve numbers and AP per class in percent, for boxes or masks; ``None`` where nothing of that kind is
+    annotated."""
 
     numbers: dict[str, float | None]
     classes: dict[str, float | None]
@@ -66,11 +67,12 @@ def predict(model: nn.Module, loader: Any) -> Detections:
     with torch.no_grad(), frozen(model):
         for batch in tqdm(loader, desc="predicting", disable=not sys.stderr.isatty()):
             for sample in model.test_step(batch):  # type: ignore[operator]
-                detections += _as_coco(sample, categories)
+                detections += as_coco(sample, categories)
     return detections
 
 
-def _as_coco(sample: Any, categories: Sequence[int]) -> Detections:
+def as_coco(sample: Any, categories: Sequence[int]) -> Detections:
+    """What MMDetection found in an image; `categories` are the ids of its labels."""
     found = sample.pred_instances.cpu().numpy()
     corners = found.bboxes
     boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
@@ -100,13 +102,25 @@ def score(truth: COCO, detections: Detections, kind: str, category_ids: Sequence
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # IoU x recall x class, any size, 100 detections
     per_class = [precision[:, :, index] for index in range(len(names))]
     return Score(
-        {name: None if value < 0 else float(value) for name, value in zip(NUMBERS, evaluation.stats, strict=True)},
-        {name: float(p.mean()) if (p > -1).all() else None for name, p in zip(names, per_class, strict=True)},
+        {
+            name: None if value < 0 else 100 * float(value)
+            for name, value in zip(NUMBERS, evaluation.stats, strict=True)
+        },
+        {name: 100 * float(p.mean()) if (p > -1).all() else None for name, p in zip(names, per_class, strict=True)},
     )
 
 
-def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> dict[str, Any]:
-    """Evaluate a run on its config's test data; returns what ``evaluation.json`` holds.
+def evaluate(
+    path: Path, checkpoint: Path | None = None, pictures: int = 6, out: Path | None = None, config: str | None = None
+) -> dict[str, Any]:
+    """Evaluate a run or a file on its config's test data; returns what ``evaluation.json`` holds.
+
+    Args:
+        path: a run folder, a checkpoint, a finalized file, or a state dict.
+        checkpoint: another file than the last checkpoint of the run folder `path`.
+        pictures: how many images to draw.
+        out: the folder to write into; by default the run's.
+        config: see `Trained.open`.
 
     Raises:
         SparsityError: for a folder that is no run, a pattern that does not hold, or a finalized model that scores
@@ -114,30 +128,19 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
     """
     import nm_sparsity.detection.plugin  # noqa: F401, I001  before mmdet, which binds mmcv's operators
     from mmdet.apis import init_detector
-    from mmdet.registry import MODELS
     from mmengine.device import get_device
     from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
 
-    from nm_sparsity.detection.hooks import load_safely
-
-    config, checkpoint = _config_of(run), checkpoint or _checkpoint_of(run)
-    payload = load_safely(checkpoint)
-    state_dict, metadata = find_parts(payload, checkpoint)
-    init_default_scope(config.get("default_scope", "mmdet"))
+    run = path if path.is_dir() else path.parent
+    trained = Trained.open(checkpoint or path, config or (str(run) if checkpoint else None))
+    out = make_folder(out or run)
+    init_default_scope(trained.config.get("default_scope", "mmdet"))
     with redirect_stdout(io.StringIO()):
-        loader = Runner.build_dataloader(config.test_dataloader, seed=0)
+        loader = Runner.build_dataloader(trained.config.test_dataloader, seed=0)
         truth = COCO(Path(loader.dataset.ann_file))
     dataset = loader.dataset
-
-    model = MODELS.build(config.model).to(get_device())
-    hook = _sparsity_of(config)
-    is_sparse = metadata is not None and bool(metadata.layers)
-    if is_sparse and hook is None:
-        raise SparsityError(f"{checkpoint} is sparse, but the config in {run} has no NMSparseHook: is it of this run?")
-    if is_sparse:
-        hook.config.sparsify(model)
-    restore(model, state_dict, metadata)
+    model: Any = trained.model()
     kinds = {"box": "bbox", **({"mask": "segm"} if model.with_mask else {})}
     detections: Detections = []
 
@@ -147,111 +150,85 @@ def evaluate(run: Path, checkpoint: Path | None = None, pictures: int = 6) -> di
         return {name: {**one.numbers, "classes": one.classes} for name, one in found.items()}
 
     def reload(end: nn.Module) -> nn.Module:
-        save_finalized(end, run / FINALIZED, meta=payload["meta"])
-        stock: nn.Module = init_detector(copy.deepcopy(config), str(run / FINALIZED), device=str(get_device()))
+        meta = trained.payload.get("meta") or {"dataset_meta": dataset.metainfo}
+        save_finalized(end, out / FINALIZED, meta=meta)
+        with redirect_stdout(io.StringIO()):
+            stock: nn.Module = init_detector(
+                copy.deepcopy(trained.config), str(out / FINALIZED), device=str(get_device())
+            )
         return stock
 
-    result: dict[str, Any] = {"checkpoint": str(checkpoint), "images": len(dataset)}
-    if is_sparse:
-        done = finalize_and_check(model, scores, gpu_tolerance=1e-3, reload=reload)
+    result: dict[str, Any] = {"checkpoint": str(trained.path), "images": len(dataset)}
+    if trained.is_sparse:
+        done = finalize_and_check(model, scores, gpu_tolerance=0.1, reload=reload)
         weights = len(done.verification.checked)
         result |= {**done.score, "verified": f"{weights} weights are N:M; the finalized model scores the same"}
     else:
         result |= scores(model)
+        if trained.path != out / FINALIZED:
+            (out / FINALIZED).unlink(missing_ok=True)  # of another model than the numbers beside it
     result["detections"] = len(detections)
-    result["environment"] = environment(config.get("randomness", {}).get("seed"), PACKAGES)
-    write_json(run / "evaluation.json", result)
+    result["environment"] = environment(trained.config.get("randomness", {}).get("seed"), PACKAGES)
+    write_json(out / EVALUATION, result)
     shown = [dataset.get_data_info(index) for index in range(min(pictures, len(dataset)))]
     if shown:
-        draw({info["img_id"]: Path(info["img_path"]) for info in shown}, truth, detections, run / "predictions.png")
+        files = {info["img_id"]: Path(info["img_path"]) for info in shown}
+        compare(files, truth, detections).save(out / PREDICTIONS)
     return result
 
 
-def _config_of(run: Path) -> Any:
-    files = sorted(run.glob("*.py"), key=lambda path: path.stat().st_mtime)
-    if not files:
-        raise SparsityError(f"{run} is not a run folder of nm_sparsity.detection.train: it holds no config")
-    return configs.read(str(files[-1]))
-
-
-def _checkpoint_of(run: Path) -> Path:
-    last = run / "last_checkpoint"
-    if not last.is_file():
-        raise SparsityError(f"{run} holds no checkpoint yet")
-    return run / Path(last.read_text().strip()).name
-
-
-def _sparsity_of(config: Any) -> Any:
-    from nm_sparsity.detection.hooks import NMSparseHook
-
-    found = configs.hooks_of(config)
-    return NMSparseHook(**{k: v for k, v in found[0].items() if k not in ("type", "_scope_")}) if found else None
-
-
-def draw(images: Mapping[int, Path], truth: COCO, detections: Detections, path: Path) -> None:
-    """One PNG: ground truth in the upper row, detections scored above 0.5 in the lower one."""
-    rows: list[list[Tensor]] = [[], []]
+def compare(images: Mapping[int, Path], truth: COCO, detections: Detections) -> Image.Image:
+    """The images in two rows: above as they are annotated, below what was detected in them."""
+    names = {category: truth.cats[category]["name"] for category in sorted(truth.cats)}
+    rows: list[list[Image.Image]] = [[], []]
     for number, file in images.items():
-        annotated = [{**a, "score": 1.0} for a in truth.imgToAnns[number] if not a.get("iscrowd")]
+        annotated = [dict(a) for a in truth.imgToAnns[number] if not a.get("iscrowd")]
         for annotation in annotated:
             annotation["segmentation"] = truth.annToRLE(annotation) if annotation.get("segmentation") else None
         found = [d for d in detections if d["image_id"] == number and d["score"] >= SHOWN_SCORE]
-        for row, objects in zip(rows, (annotated, found), strict=True):
-            row.append(_picture(file, objects, truth))
-    height = max(picture.shape[1] for row in rows for picture in row)
-    grid = [
-        torch.cat([nn.functional.pad(p, (2, 2, 2, 2 + height - p.shape[1]), value=1.0) for p in row], 2) for row in rows
-    ]
-    save_image(torch.cat(grid, 1), path)
-
-
-def _picture(file: Path, objects: Sequence[Mapping[str, Any]], truth: COCO) -> Tensor:
-    """(3, height, PICTURE_WIDTH) in 0..1, with boxes, names and masks."""
-    image = Image.open(file).convert("RGB")
-    scale = PICTURE_WIDTH / image.width
-    size = PICTURE_WIDTH, round(image.height * scale)
-    picture = torch.from_numpy(np.array(image.resize(size))).permute(2, 0, 1)
-    if objects:
-        order = {category: index for index, category in enumerate(sorted(truth.cats))}
-        hues = [255 * order[o["category_id"]] // len(order) for o in objects]
-        colours = [Image.new("HSV", (1, 1), (hue, 255, 255)).convert("RGB").getpixel((0, 0)) for hue in hues]
-        masks = [o.get("segmentation") for o in objects]
-        if all(mask is not None for mask in masks):
-            resized = [np.asarray(Image.fromarray(rle.decode(mask)).resize(size)) for mask in masks]
-            picture = draw_segmentation_masks(picture, torch.from_numpy(np.stack(resized)).bool(), 0.5, colours)
-        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float) * scale
-        boxes[:, 2:] += boxes[:, :2]
-        names = [f"{truth.cats[o['category_id']]['name']} {o['score']:.2f}" for o in objects]
-        font = findfont("DejaVu Sans")
-        picture = draw_bounding_boxes(picture, boxes, names, colours, width=2, font=font, font_size=18)
-    return picture / 255
+        rows[0].append(draw(file, annotated, names, "truth", WIDTH))
+        rows[1].append(draw(file, found, names, f"prediction: scores of {SHOWN_SCORE:g} and more", WIDTH))
+    return grid(rows)
 
 
 def table(result: Mapping[str, Any]) -> str:
     """The twelve numbers and AP per class of one evaluation, as text."""
     kinds = [kind for kind in ("box", "mask") if kind in result]
-    numbers = [[name, *(result[kind][name] for kind in kinds)] for name in NUMBERS]
-    classes = [[f"AP {name}", *(result[kind]["classes"][name] for kind in kinds)] for name in result["box"]["classes"]]
-    return format_table(["", *kinds], numbers + classes)
+    cells = [(name, [result[kind][name] for kind in kinds]) for name in NUMBERS]
+    cells += [(f"AP {name}", [result[kind]["classes"][name] for kind in kinds]) for name in result["box"]["classes"]]
+    rows = [[name, *(None if value is None else f"{value:.2f}" for value in values)] for name, values in cells]
+    return format_table(["percent", *kinds], rows)
 
 
-def main_evaluate(run: tyro.conf.Positional[Path], checkpoint: Path | None = None, pictures: int = 6) -> None:
+def main_evaluate(
+    path: tyro.conf.Positional[Path],
+    checkpoint: Path | None = None,
+    pictures: int = 6,
+    out: Path | None = None,
+    config: str | None = None,
+) -> None:
     """Score a trained detector as COCO does, verify its pattern, finalize it.
 
     Args:
-        run: a run folder of nm_sparsity.detection.train.
-        checkpoint: another file than the last one in it.
+        path: a run folder of nm_sparsity.detection.train, a checkpoint or a finalized file in one, or any state_dict
+            file (with --config).
+        checkpoint: another file than the last one in that run folder.
         pictures: images to draw into predictions.png; 0 for none.
+        out: the folder to write into; the run's by default.
+        config: what a file outside of a run folder belongs to: a packaged config, a config file or a run folder.
     """
-    result = evaluate(run, checkpoint, pictures)
+    result = evaluate(path, checkpoint, pictures, out, config)
+    folder = out or (path if path.is_dir() else path.parent)
     print(table(result))
     print(result.get("verified", "dense model: no pattern to verify"))
+    names = [EVALUATION, *([PREDICTIONS] if pictures else []), *([FINALIZED] if "verified" in result else [])]
+    print(f"{result['images']} images, {result['checkpoint']}; wrote {', '.join(names)} into {folder}")
 
 
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     """Evaluate as the arguments say, and print the numbers."""
-    tyro.cli(main_evaluate, args=arguments, description=__doc__)
+    tyro.cli(main_evaluate, args=arguments, prog="python -m nm_sparsity.detection.evaluate", description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Make or check a data set: ``python -m nm_sparsity.detection.prepare {coco,composed,fashion,voc} --out DIR``.
+"""Make a data set: ``python -m nm_sparsity.detection.prepare {composed,fashion,voc} --out DIR``; ``coco`` checks one.
 
-All but ``coco`` write ``DIR/train``, ``DIR/val`` (most also ``DIR/test``) and ``DIR/annotations/instances_*.json``.
+They write ``DIR/train``, ``DIR/val`` (most also ``DIR/test``) and ``DIR/annotations/instances_*.json``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from nm_sparsity.core.experiments import fashion_mnist
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, present_names
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.detection import coco, compose, voc
 
@@ -25,18 +25,18 @@ COCO_PARTS = {
 }
 
 
-def prepare_coco(out: Path, decode: bool = False) -> None:
-    """Check a COCO 2017 folder (nothing is downloaded).
+def prepare_coco(data: Path, decode: bool = False) -> None:
+    """Check a COCO 2017 folder (nothing is downloaded or written).
 
     Args:
-        out: the folder that holds train2017, val2017 and annotations.
+        data: the folder that holds train2017, val2017 and annotations.
         decode: decode every image too (minutes).
     """
-    missing = [f"{out / part}  (from {url})" for part, url in COCO_PARTS.items() if not (out / part).exists()]
+    missing = [f"{data / part}  (from {url})" for part, url in COCO_PARTS.items() if not (data / part).exists()]
     if missing:
-        raise coco.DataError("\n  ".join([f"{out} is not a COCO 2017 folder; missing:", *missing]))
+        raise coco.DataError("\n  ".join([f"{data} is not a COCO 2017 folder; missing:", *missing]))
     for split in ("train2017", "val2017"):
-        _report(out / "annotations" / f"instances_{split}.json", out / split, decode)
+        _report(data / "annotations" / f"instances_{split}.json", data / split, decode)
 
 
 def composed(out: Path, train: int = 400, val: int = 100, size: int = 128, seed: int = 0) -> None:
@@ -113,7 +113,11 @@ def main(arguments: list[str] | None = None) -> None:
         "fashion": fashion,
         "voc": prepare_voc,
     }
-    tyro.extras.subcommand_cli_from_dict(names, args=arguments, description=__doc__)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["coco"]:
+        given = present_names(given, {"--out": "--data"})
+    program = "python -m nm_sparsity.detection.prepare"
+    tyro.extras.subcommand_cli_from_dict(names, args=given, prog=program, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from nm_sparsity.core.experiments.study import Column, Plot, Result, Run, Study
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import prepare
 
+AP = "coco/bbox_mAP"
+"""Box AP in MMEngine's log, from 0 to 1."""
+
 
 def scalars(run: Path) -> list[dict[str, Any]]:
     """MMEngine's log of a run, in order: training lines have "loss", validation lines "coco/bbox_mAP"."""
@@ -29,21 +32,16 @@ def scalars(run: Path) -> list[dict[str, Any]]:
 
 
 def validation_ap(run: Path) -> float:
-    """Box AP on the validation split after the last epoch; MMDetection logs none where it finds nothing."""
-    return float([line for line in scalars(run) if "loss" not in line][-1].get("coco/bbox_mAP", 0.0))
+    """Box AP in percent on the validation split after the last epoch; MMDetection logs none where it finds nothing."""
+    return 100 * float([line for line in scalars(run) if "loss" not in line][-1].get(AP, 0.0))
 
 
-def _curve(run: Path, key: str) -> Curve:
-    return [(line["step"], line[key]) for line in scalars(run) if key in line]
-
-
-def _points(result: Result, kind: str, number: str) -> float | None:
-    value = result.get(kind, {}).get(number)
-    return None if value is None else 100 * value
+def _curve(run: Path, key: str, scale: float = 1.0) -> Curve:
+    return [(line["step"], scale * line[key]) for line in scalars(run) if key in line]
 
 
 def _column(kind: str, number: str) -> Column:
-    return Column(f"{kind} {number}", lambda result: _points(result, kind, number))
+    return Column(f"{kind} {number}", lambda result: result.get(kind, {}).get(number))
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class DetectionStudy(Study):
     columns = tuple(_column(kind, number) for kind in ("box", "mask") for number in ("AP", "AP50", "AP75"))
     plots = (
         Plot("loss.png", "iteration", "training loss", lambda run: _curve(run, "loss")),
-        Plot("box-ap.png", "epoch", "box AP on the validation split", lambda run: _curve(run, "coco/bbox_mAP")),
+        Plot("box-ap.png", "epoch", "box AP on the validation split, percent", lambda run: _curve(run, AP, 100)),
         Plot("flip-rate.png", "iteration", "flip rate of one iteration", lambda run: _curve(run, "flip_rate"), 1e-5),
     )
 
@@ -110,7 +108,7 @@ class DetectionStudy(Study):
 
     def notes(self, results: Sequence[Result]) -> list[str]:
         verified = sorted({result["verified"] for result in results if "verified" in result})
-        return [f"AP in points, on the test split of {results[0]['images']} pictures.", *(f"{v}." for v in verified)]
+        return [f"AP in percent, on the test split of {results[0]['images']} pictures.", *(f"{v}." for v in verified)]
 
 
 @command_line

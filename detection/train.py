@@ -7,23 +7,29 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.runner import EpochBasedTrainLoop
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import command_line, termination
 from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
 from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.detection import PACKAGES
 from nm_sparsity.detection import config as configs
+from nm_sparsity.detection.checkpoints import LAST, last_checkpoint
 from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, load_safely
 
 
@@ -36,12 +42,13 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     Raises:
         SparsityError: for data, a config, or a checkpoint that cannot be used.
     """
-    from mmengine.dist import is_main_process
-
     if launcher == "pytorch" and "RANK" not in os.environ:
         raise SparsityError("--launcher pytorch is for torchrun: torchrun --nproc-per-node 8 -m ... --launcher pytorch")
     configs.check_data(config)
-    _check_files(config, out, resume)
+    _check_folder(out, resume)
+    if resume:  # MMEngine would go on from the whole path that it noted, or from ``load_from``
+        config.load_from = str(last_checkpoint(out))
+    done = _check_files(config, out, resume)
     # MMEngine keeps loggers and visualizers by name; a second run in a process would share the first's.
     name = f"{out.name}_{time.time_ns()}"
     config.merge_from_dict({"work_dir": str(out), "randomness": {"seed": seed}, "resume": resume, "launcher": launcher})
@@ -56,22 +63,80 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     if is_main_process():
         write_json(out / CONFIG, config.to_dict())
         write_json(out / ENVIRONMENT, environment(seed, PACKAGES))
-    try:
-        runner.train()
-    except Exception as error:
-        if match := re.search(r"failed to load image: \S+", str(error)):
-            raise SparsityError(match[0]) from error
-        raise
+        _say_begin(runner, out, done if resume else None)
+    with termination() if launcher == "none" else nullcontext(lambda: False) as asked:
+        runner.register_hook(_Stop(asked, out), priority="LOWEST")
+        try:
+            runner.train()
+        except KeyboardInterrupt:
+            _say_stopped("interrupted", runner, out)
+            raise
+        except Exception as error:
+            if match := re.search(r"failed to load image: \S+", str(error)):
+                raise SparsityError(match[0]) from error
+            raise
+    if is_main_process() and (out / LAST).is_file():
+        print(f"wrote {last_checkpoint(out)}; score it: python -m nm_sparsity.detection.evaluate {out}")
     return runner
 
 
-def _check_files(config: Any, out: Path, resume: bool) -> None:
+class _Stop(Hook):  # type: ignore[misc]
+    """Ends training after the iteration in which SIGTERM came: never while a checkpoint is being written."""
+
+    def __init__(self, asked: Callable[[], bool], out: Path) -> None:
+        self._asked, self._out = asked, out
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self._asked():
+            _say_stopped("stopped by SIGTERM", runner, self._out)
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def _say_begin(runner: Any, out: Path, done: int | None) -> None:
+    if done is None:
+        print(f"writing logs and, as the config says, epoch_*.pth into {out}", flush=True)
+    elif isinstance(runner._train_loop, EpochBasedTrainLoop) and done >= runner.max_epochs:
+        print(f"training ended after {done} epochs: nothing left to do (more: train_cfg.max_epochs={2 * done})")
+    else:
+        print(f"resuming from {last_checkpoint(out)}, written after {done} epochs", flush=True)
+
+
+def _say_stopped(how: str, runner: Any, out: Path) -> None:
+    if not is_main_process():
+        return
+    print(f"{how} in epoch {runner.epoch + 1} (iteration {runner.iter})", flush=True)
+    if (out / LAST).is_file():
+        print(f"the same command with --resume goes on from {last_checkpoint(out)}", flush=True)
+    else:
+        print("nothing is saved yet: the first checkpoint is written after an epoch", flush=True)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    """MMEngine would write one run's files over another's."""
+    last, found = out / LAST, sorted(out.glob("*.pth"))
+    if resume and not last.is_file():
+        raise CheckpointError(f"cannot resume: there is no {last}; leave --resume out to start")
+    if not resume and (found or last.is_file()):
+        raise SparsityError(f"{out} holds a run already: continue it with --resume, or choose another --out")
+
+
+def _check_files(config: Any, out: Path, resume: bool) -> int:
     """Refuse a file with code in it, which MMEngine would run, and to go on densely where a run was sparse. MMEngine
-    would write this config over the run's."""
+    would write this config over the run's. Returns after how many epochs a run to resume was saved."""
+    done = 0
     start = first_checkpoint(config.get("load_from"), resume, str(out))
     sparse = any(hook.get("method") != "dense" for hook in configs.hooks_of(config))
     for path in files_to_load(config.model, start):
+        if path != start and not Path(path).is_file():
+            recipe = Path(path).parent.name
+            raise SparsityError(
+                f"{path}, with which the model starts, is not there: say where it is, e.g. with "
+                "model.backbone.init_cfg.checkpoint=PATH, or train it: python -m nm_sparsity.classification.train "
+                + (recipe if re.fullmatch(r"resnet\d+_\dto\d+", recipe) else "RECIPE")
+            )
         payload = load_safely(path)
+        if path == start and resume:
+            done = (payload.get("meta") or {}).get("epoch", 0)
         if path != start or not resume or sparse:
             continue
         if (metadata := find_parts(payload, path)[1]) and metadata.layers:
@@ -80,6 +145,8 @@ def _check_files(config: Any, out: Path, resume: bool) -> None:
                 f"{path} is {', '.join(patterns)} sparse, trained with {metadata.method}, but this config is dense; "
                 "resume with the --pattern, --method and --decay that the run was started with"
             )
+
+    return done
 
 
 def _build(config: Any) -> Any:
@@ -118,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def train(
     config: tyro.conf.Positional[str],
-    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="KEY=VALUE")] = (),
+    overrides: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[KEY=VALUE ...]")] = (),
     *,
     data: Path | None = None,
     pattern: str | None = None,
@@ -136,8 +203,9 @@ def train(
     Args:
         config: a packaged name (e.g. tiny_mask_rcnn), a config file, or mmdet::folder/file.py.
         overrides: entries of the config, e.g. train_cfg.max_epochs=24 load_from=dense.pth.
-        data: a folder that nm_sparsity.detection.prepare wrote; without it, the config's own data.
-        pattern: N:M; with it or --method the config becomes sparse that way.
+        data: a folder in COCO's format, such as nm_sparsity.detection.prepare writes, or a COCO 2017 folder; without
+            it, the config's own data.
+        pattern: N:M; with it or --method the config becomes sparse that way, else it trains as it is.
         method: how weights are trained; default sr-ste.
         decay: SR-STE's lambda, a number or a schedule.
         hyperparameters: the method's other hyperparameters, by name.
@@ -153,6 +221,8 @@ def train(
     given: dict[str, Any] = {"pattern": pattern, "method": method, "decay": decay, "hyperparameters": hyperparameters}
     if sparsity := {key: value for key, value in given.items() if value is not None}:
         configs.set_sparsity(loaded, SparsityConfig(**sparsity))
+    elif not configs.hooks_of(loaded):  # its checkpoints hold plain values too, and say that they are dense
+        configs.set_sparsity(loaded, SparsityConfig(method="dense"))
     if print_config:
         print(loaded.pretty_text)
         return

@@ -38,10 +38,11 @@ NOT_RUN = {
     "make test": "this is it",
     "pip install .": "test_structure builds the wheel and imports what is in it",
     'pip install ".[classification]"': "as above",
-    'MMCV_WITH_OPS=0 pip install "nm-sparsity[detection]"': "installs a released version",
+    'MMCV_WITH_OPS=0 pip install ".[detection]"': "as above",
     "python -m nm_sparsity.detection.train tiny_mask_rcnn --data data/composed --pattern 2:4 --decay 0.1 "
     "--out runs/tiny": "minutes of training; tested on fewer images",
     "python -m nm_sparsity.detection.evaluate runs/tiny": "needs the run of the line before",
+    "python -m nm_sparsity.detection.predict runs/tiny data/composed/test": "as above",
     "python -m nm_sparsity.detection.demo": "make demo-detection",
     "python -m nm_sparsity.detection.study fashion": "hours of training",
     "python -m nm_sparsity.benchmarks.accelerate runs/demo/finalized.pt --model "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmdet.apis import init_detector
 from mmdet.registry import MODELS
 from mmengine.runner import Runner
@@ -22,7 +23,7 @@ from nm_sparsity.core import SparsityConfig, SparsityError, verify
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
 from nm_sparsity.detection import config as configs
-from nm_sparsity.detection import evaluate, prepare, train
+from nm_sparsity.detection import evaluate, pictures, prepare, train
 
 README = Path(__file__).parents[2] / "detection" / "README.md"
 
@@ -40,21 +41,23 @@ def perfect(truth: COCO) -> evaluate.Detections:
 def test_the_truth_scores_one(truth: COCO, kind: str) -> None:
     score = evaluate.score(truth, perfect(truth), kind, sorted(truth.cats))
     assert list(score.numbers) == list(evaluate.NUMBERS)
-    assert score.numbers["AP"] == score.numbers["AP75"] == score.numbers["AR_100"] == pytest.approx(1)
+    assert score.numbers["AP"] == score.numbers["AP75"] == score.numbers["AR_100"] == pytest.approx(100)
     assert score.numbers["AP_large"] is None  # no object of 96 x 96 pixels in pictures of 64
     present = {truth.cats[a["category_id"]]["name"] for a in truth.anns.values()}
-    assert score.classes == {c["name"]: pytest.approx(1) if c["name"] in present else None for c in truth.cats.values()}
+    assert score.classes == {
+        c["name"]: pytest.approx(100) if c["name"] in present else None for c in truth.cats.values()
+    }
 
 
 def test_a_box_of_iou_0_6_counts_at_two_of_ten_thresholds(truth: COCO) -> None:
-    """IoU 0.6 passes 0.5 and 0.55 (and 0.6, if rounding is kind): AP is 0.2 or 0.3, AP75 is 0."""
+    """IoU 0.6 passes 0.5 and 0.55 (and 0.6, if rounding is kind): AP is 20 or 30 percent, AP75 is 0."""
     detections = perfect(truth)
     for detection in detections:
         x, y, width, height = detection["bbox"]
         detection["bbox"] = [x, y, width * 0.59, height]
     numbers = evaluate.score(truth, detections, "bbox", sorted(truth.cats)).numbers
-    assert numbers["AP"] == pytest.approx(0.2, abs=0.02)
-    assert numbers["AP50"] == pytest.approx(1)
+    assert numbers["AP"] == pytest.approx(20, abs=2)
+    assert numbers["AP50"] == pytest.approx(100)
     assert numbers["AP75"] == pytest.approx(0)
 
 
@@ -62,7 +65,7 @@ def test_mask_scores_do_not_depend_on_boxes(truth: COCO) -> None:
     detections = perfect(truth)
     for detection in detections:
         detection["bbox"] = [0.0, 0.0, 1.0, 1.0]
-    assert evaluate.score(truth, detections, "segm", sorted(truth.cats)).numbers["AP"] == pytest.approx(1)
+    assert evaluate.score(truth, detections, "segm", sorted(truth.cats)).numbers["AP"] == pytest.approx(100)
 
 
 def test_nothing_found_scores_zero(truth: COCO) -> None:
@@ -82,10 +85,25 @@ def test_evaluate_finalizes_verifies_and_draws(
     for kind in ("box", "mask"):
         assert set(evaluate.NUMBERS) < set(result[kind])
         assert len(result[kind]["classes"]) == 10
-    assert f"{result['box']['AP']:.4g}" in printed
+    assert re.search(rf"^AP +{result['box']['AP']:.2f} +{result['mask']['AP']:.2f}$", printed, re.MULTILINE)
+    assert f"wrote evaluation.json, predictions.png, finalized.pt into {run}" in printed
     assert verify(run / "finalized.pt", "2:4").checked
     with Image.open(run / "predictions.png") as picture:
-        assert picture.size == (2 * 388, 2 * 388)
+        assert picture.size == (2 * 388, 2 * (384 + pictures.LINE + 4))
+    # The finalized file scores the same, also as a bare state dict of shadow weights or without a run.
+    expected = {key: result[key] for key in ("box", "mask", "detections")}
+    again = evaluate.evaluate(run / "finalized.pt", pictures=0, out=tmp_path / "again")
+    payload = load(run / "epoch_1.pth")
+    shadow = {name: value.clone() for name, value in payload["state_dict"].items()}
+    for name, dropped in payload["nm_sparsity"]["dropped"].items():
+        assert not shadow[name][shadow[name] == 0].any()
+        shadow[name].masked_scatter_(shadow[name] == 0, dropped)
+    torch.save(shadow, tmp_path / "bare.pt")
+    bare = evaluate.evaluate(tmp_path / "bare.pt", pictures=0, out=tmp_path / "bare", config=str(run))
+    for found in (again, bare):
+        assert {key: found[key] for key in expected} == expected
+        assert found["verified"].startswith("31 weights")
+    assert not (tmp_path / "finalized.pt").exists()
 
 
 @pytest.mark.slow
@@ -99,6 +117,7 @@ def test_a_run_without_the_hook_is_evaluated(
     config = make_config(method="dense")
     config.custom_hooks = []
     run(config, tmp_path / "run")
+    shutil.copy(trained / "epoch_1.pth", tmp_path / "run" / "finalized.pt")  # of a sparse run that was there before
     assert evaluate.main([str(tmp_path / "run")]) == 0
     assert "dense model: no pattern to verify" in capsys.readouterr().out
     assert not (tmp_path / "run" / "finalized.pt").exists()
@@ -133,7 +152,7 @@ def test_a_finalized_model_that_scores_differently_is_refused(
     run = shutil.copytree(trained, tmp_path / "run")
     results = iter([perfect(truth), []])
     monkeypatch.setattr(evaluate, "predict", lambda model, loader: next(results))
-    with pytest.raises(SparsityError, match=r"finalize changed box from \{'AP': 1\.0.* to \{'AP': 0\.0"):
+    with pytest.raises(SparsityError, match=r"finalize changed box from \{'AP': (100|99)\..* to \{'AP': 0\.0"):
         evaluate.evaluate(run, pictures=0)
 
 
@@ -166,6 +185,72 @@ def test_two_ranks_train_one_model(data: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("ranks agree") == 2
     assert len(verify(tmp_path / "epoch_1.pth", "2:4").checked) == 31
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(
+    trained: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    shared = ["tiny_mask_rcnn", "--data", str(data), "--out", str(run)]
+    for more in ([], ["--pattern", "1:4"]):
+        error = failure(capsys, *shared, *more)
+        assert error == f"error: {run} holds a run already: continue it with --resume, or choose another --out\n"
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    error = failure(capsys, *shared[:-1], str(tmp_path / "new"), "--resume")
+    assert re.fullmatch(
+        r"error: cannot resume: there is no .*/new/last_checkpoint; leave --resume out to start\n", error
+    )
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_says_how_to_go_on(data: Path, tmp_path: Path) -> None:
+    """SIGTERM ends it after an iteration, with status 143; its folder may have been moved when it is resumed."""
+    module = [sys.executable, "-m", "nm_sparsity.detection.train", "tiny_mask_rcnn", f"--data={data}", "--pattern=2:4"]
+
+    def start(out: Path, epochs: int, *more: str) -> subprocess.Popen[str]:
+        overrides = [f"train_cfg.max_epochs={epochs}", "train_cfg.val_interval=999"]
+        command = [*module, f"--out={out}", *more, *overrides]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    with start(tmp_path / "run", 500) as process:
+        assert process.stdout is not None
+        head = next(line for line in process.stdout if line.startswith("writing"))
+        next(line for line in process.stdout if "Saving checkpoint at 2 epochs" in line)
+        process.terminate()
+        rest = process.stdout.read()
+    assert str(tmp_path / "run") in head
+    assert process.returncode == 143
+    assert re.search(r"stopped by SIGTERM in epoch \d+ \(iteration \d+\)", rest)
+    assert re.search(r"the same command with --resume goes on from \S*/run/epoch_\d+\.pth", rest)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    done = int(re.search(r"epoch_(\d+)\.pth", (tmp_path / "moved" / "last_checkpoint").read_text())[1])  # type: ignore[index]
+    with start(tmp_path / "moved", done + 1, "--resume") as process:
+        output, _ = process.communicate()
+    assert process.returncode == 0, output[-3000:]
+    assert f"resuming from {tmp_path}/moved/epoch_{done}.pth, written after {done} epochs" in output
+    assert f"wrote {tmp_path}/moved/epoch_{done + 1}.pth; score it" in output
+
+
+def test_a_missing_backbone_is_named_with_the_way_out(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = failure(capsys, "mask_rcnn_r50_fpn_1x_coco_2to4", "--data", str(data))
+    assert "runs/resnet50_2to4/finalized.pt, with which the model starts, is not there" in error
+    assert "model.backbone.init_cfg.checkpoint=PATH" in error
+    assert "nm_sparsity.classification.train resnet50_2to4" in error
+
+
+def test_dense_runs_of_the_command_are_plain_files_too(data: Path, tmp_path: Path) -> None:
+    shared = ["tiny_mask_rcnn", "--data", str(data), "--out", str(tmp_path / "run"), "train_cfg.max_epochs=1"]
+    assert train.main([*shared, "train_cfg.val_interval=9"]) == 0
+    payload = load(tmp_path / "run" / "epoch_1.pth")
+    assert payload["nm_sparsity"]["method"] == "dense"
+    assert not payload["nm_sparsity"]["layers"]
+    with pytest.raises(SparsityError) as refused:
+        verify(tmp_path / "run" / "epoch_1.pth", "2:4")
+    assert "epoch_1.pth" in str(refused.value)
 
 
 def test_print_config_shows_what_would_be_trained(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

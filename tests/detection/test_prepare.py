@@ -174,7 +174,7 @@ def test_broken_voc_folders_are_named(voc_folder: Path, tmp_path: Path, break_it
 
 def test_coco_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "train2017").mkdir()
-    assert prepare.main(["coco", "--out", str(tmp_path)]) == 1
+    assert prepare.main(["coco", "--data", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert "val2017.zip" in message
     assert "instances_train2017.json" in message
@@ -188,7 +188,7 @@ def test_coco_folder_is_checked(tmp_path: Path, capsys: pytest.CaptureFixture[st
         mask = np.ones((20, 20), bool)
         images = [{"id": 1, "file_name": "1.jpg", "width": 20, "height": 20}]
         coco.write(tmp_path / f"annotations/instances_{split}.json", images, [coco.instance(1, 1, mask)], ["person"])
-    assert prepare.main(["coco", "--out", str(tmp_path), "--decode"]) == 0
+    assert prepare.main(["coco", "--out", str(tmp_path), "--decode"]) == 0  # as it was called before
     assert capsys.readouterr().out.count("1 images, 1 annotations in 1 categories") == 2
 
 

@@ -29,7 +29,7 @@ def test_the_demo_trains_evaluates_and_is_done_once(
     for method, result in zip(("dense", "sr-ste"), results, strict=True):
         (row,) = [line.split() for line in printed.splitlines() if line.startswith(f"{method} ")]
         numbers = (result[kind][number] for kind in ("box", "mask") for number in ("AP", "AP50", "AP75"))
-        assert row[-6:] == [f"{100 * number:.1f}" for number in numbers]
+        assert row[-6:] == [f"{number:.1f}" for number in numbers]
     assert len(verify(short.out / "finalized.pt", "2:4").checked) == 31
     before = [(run / "evaluation.json").stat().st_mtime_ns for run in runs]
     assert demo.main(short) == 0
@@ -43,7 +43,7 @@ def log(run: Path, *lines: dict[str, float]) -> None:
 
 def test_the_validation_score_is_the_last_epochs(tmp_path: Path) -> None:
     log(tmp_path, {"coco/bbox_mAP": 0.3, "step": 1}, {"loss": 9.0, "step": 2}, {"coco/bbox_mAP": 0.2, "step": 2})
-    assert study.validation_ap(tmp_path) == 0.2
+    assert study.validation_ap(tmp_path) == 20.0
 
 
 def test_a_detector_that_finds_nothing_has_ap_0(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_run_is_trained_as_the_study_says(data: Path, tmp_path: Path, capsys: 
 
 
 def test_a_detector_without_masks_has_no_mask_ap() -> None:
-    result = {"box": {"AP": 0.25, "AP50": 0.5, "AP75": None}}
+    result = {"box": {"AP": 25.0, "AP50": 50.0, "AP75": None}}
     cells = {column.header: column.cell([result]) for column in DetectionStudy.columns}
     assert cells == {"box AP": "25.0", "box AP50": "50.0", "box AP75": "-"} | dict.fromkeys(
         ("mask AP", "mask AP50", "mask AP75"), "-"

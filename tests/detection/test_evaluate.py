@@ -292,7 +292,7 @@ def test_train_names_unknown_configs_and_bad_overrides(capsys: pytest.CaptureFix
         (["load_from=nothing.pth"], r"there is no checkpoint nothing\.pth"),
         (["--launcher", "pytorch"], "--launcher pytorch is for torchrun"),
         (["--data", __file__], "cannot read .*: Not a directory"),
-        (["--out", __file__], f"cannot build model, hooks or work_dir: FileExistsError: .*{Path(__file__).name}"),
+        (["--out", __file__], f"cannot write to the folder .*{Path(__file__).name}: File exists"),
     ],
 )
 def test_mistakes_in_arguments_are_one_line(

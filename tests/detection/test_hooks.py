@@ -328,7 +328,7 @@ def test_options_are_checked_when_the_config_is_built() -> None:
     [
         ("exclude", "backbone.conv1", "a list of globs"),
         ("patterns", "1:4", "globs and their patterns"),
-        ("decay", [2e-4], "a number or a schedule"),
+        ("decay", {}, "a number or a schedule"),
         ("layout", 5, "text"),
         ("interval", "a", "a number of iterations"),
         ("interval", -1, "0 .* or more"),

@@ -35,6 +35,8 @@ class Group:
     options: dict[str, Any] = field(default_factory=dict)
     share: float | None = None
     """Of the minutes, if there is a limit; ``run`` gets it as ``minutes``."""
+    why_not: str = ""
+    """Why it cannot be run here."""
     patience: float = 300.0
     """Seconds without a row after which it hangs."""
 
@@ -56,8 +58,8 @@ def run(groups: Iterable[Group], device: torch.device, out: str | Path, budget: 
 
 
 def _run(group: Group, result: Result, device: torch.device, budget: Budget, threads: int) -> None:
-    if budget.spent:
-        result.add(**group.label, not_run="out of time")
+    if group.why_not or budget.spent:
+        result.add(**group.label, not_run=group.why_not or "out of time")
         return
     report.progress(group.what, *group.label.values())
     left = budget.minutes_left

@@ -246,6 +246,9 @@ def run(
 def groups(device: torch.device, quick: bool, dtypes: Sequence[str], rounds: int) -> Iterator[Group]:
     """All products in the order of measuring; on a CPU two small ones, to see that it runs."""
     module = "nm_sparsity.benchmarks.products"
+    if device.type == "cpu":
+        label = {"layer": "every layer", "how": "2:4"}
+        yield Group("products", module, label, why_not="needs an NVIDIA GPU; below: the dense product on this CPU")
     if device.type == "cpu" or quick:
         shapes = [("smallest", 256, 64), ("small", 128, 256)] if quick else _layers("bert-base")[:2]
         for dtype in dtypes:

@@ -298,6 +298,8 @@ def _about(result: Result) -> str:
     """Where a result comes from, as Markdown."""
     about = result.environment
     where = f"CUDA {about['cuda']}, driver {about['driver']}" if about.get("gpu") else f"{about['threads']} thread(s)"
+    if about.get("gpu") and about.get("cusparselt"):
+        where += f", cuSPARSELt {about['cusparselt']}"
     note = f". {about['note']}" if "note" in about else ""
     return (
         f"**{result.device}**, {where}, torch {about['torch']}, Python {about['python']}, {about['time'][:10]}, "

@@ -161,13 +161,14 @@ def launched(compiled: Call, launch: str, calls: int, machine: Machine) -> Call:
 
 def groups(device: torch.device, quick: bool, rounds: int) -> Iterator[Group]:
     """Whole models, one a group; on a CPU the smallest alone."""
-    module, on_cpu = "nm_sparsity.benchmarks.whole_models", device.type == "cpu"
-    cases = [("transformer-base", 1, "bf16")] if quick or on_cpu else MODELS
-    for name, batch, dtype in cases:
-        label = {"model": name, "batch": batch, "dtype": dtype}
-        yield Group("models", module, label, {**label_options(label), "rounds": rounds}, 0.2, 400.0)
+    on_cpu = device.type == "cpu"
+    if quick or on_cpu:
+        yield _group("transformer-base", 1, "bf16", rounds)
+    for case in () if quick else MODELS:
+        yield _group(*case, rounds, "needs an NVIDIA GPU" if on_cpu else "")
 
 
-def label_options(label: Row) -> dict[str, Any]:
-    """The options of `run` from what labels a group."""
-    return {"name": label["model"], "batch": label["batch"], "dtype": label["dtype"]}
+def _group(name: str, batch: int, dtype: str, rounds: int, why_not: str = "") -> Group:
+    options = {"name": name, "batch": batch, "dtype": dtype, "rounds": rounds}
+    label = {"model": name, "batch": batch, "dtype": dtype}
+    return Group("models", "nm_sparsity.benchmarks.whole_models", label, options, 0.2, why_not, patience=400.0)

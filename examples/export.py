@@ -30,6 +30,7 @@ for name, tensor in load_packed(packed).items():
 print(f"ONNX: {to_onnx(model, (torch.randn(8, 512),), out / 'model.onnx')}")
 
 if torch.cuda.is_available():
-    print(to_semi_structured(model.bfloat16().cuda()))
+    example = torch.randn(4096, 512, dtype=torch.bfloat16, device="cuda")
+    print(to_semi_structured(model.bfloat16().cuda(), example))  # what gains
 else:
-    print("no GPU here: to_semi_structured(model.bfloat16().cuda()) would run it on sparse Tensor Cores")
+    print("no GPU here: to_semi_structured(model.bfloat16().cuda(), example) would run it on sparse Tensor Cores")

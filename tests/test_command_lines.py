@@ -230,6 +230,8 @@ BAD = {
         tiny_mask_rcnn --pattern 2:4 --hyperparameters speed 3
         tiny_mask_rcnn train_cfg.max_epochs
         tiny_mask_rcnn =3
+        tiny_mask_rcnn trian_cfg.max_epochs=3
+        tiny_mask_rcnn load_form=dense.pth
         tiny_mask_rcnn load_from=none.pth
         tiny_mask_rcnn --seed x
         tiny_mask_rcnn --launcher nonsense

@@ -107,7 +107,7 @@ class Metadata:
                 found = why_not_counted(values) or f"they have shape {tuple(values.shape)}"
                 raise CheckpointError(f"the dropped values of {name} in {where} are damaged: {found}")
         for name, shadow in self.shadows.items():
-            if name not in self.layers or shadow.shape != state[name].shape:
+            if name not in self.layers or shadow.shape != state[name].shape or why_not_counted(shadow):
                 raise CheckpointError(f"{where} holds dense weights of {name} that do not fit its sparse ones")
         for alias, name in self.tied.items():
             if name not in state:

@@ -87,6 +87,24 @@ def test_a_folder_is_verified_as_its_model(tmp_path: Path, transformers: Any, sh
     assert len(verify(tmp_path / "f", "2:4").checked) == 14
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_layer_that_stores_its_weight_transposed(tmp_path: Path, transformers: Any, kind: str) -> None:
+    """GPT-2's are (in, out); the position embeddings are no layer."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64, n_positions=16, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config)
+    sparsify(model, "2:4")
+    finalize(model)
+    model.save_pretrained(tmp_path)
+    if kind == "bin":
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    found = {check.name.removeprefix("transformer.h.0."): check.skipped for check in verify(tmp_path, "2:4").checks}
+    assert [name for name, skipped in found.items() if not skipped] == [
+        *("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    ]
+
+
 def test_a_dense_folder_and_damaged_ones_do_not_pass(tmp_path: Path, transformers: Any) -> None:
     causal(transformers, tied=False).save_pretrained(tmp_path / "f", max_shard_size="20KB")
     with pytest.raises(VerificationError, match="15 of 15"):

@@ -70,7 +70,7 @@ class SparsityConfig:
                 for a pattern.
         """
         method = self.make_method()
-        if method.total_steps is None:
+        if method.total_steps is None and method.scheduled:  # others may go on for longer than planned
             method = replace(method, total_steps=total_steps)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="sparsify converted no layer")

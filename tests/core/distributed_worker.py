@@ -68,23 +68,29 @@ def main() -> None:
     def adamw(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=0.02)
 
-    for method in ("sr-ste", "asp"):
-        options = {"decay": 0.5} if method == "sr-ste" else {}
-        for name, optimizer in (("sgd", sgd), ("adamw", adamw)):
+    variants: dict[str, dict[str, Any]] = {
+        "sr-ste": {"method": "sr-ste", "decay": 0.5},
+        "asp": {"method": "asp"},
+        "s-ste": {"method": "s-ste"},
+        "decaying": {"method": "decaying", "total_steps": STEPS},
+        "step": {"method": "ste", "precondition": "auto", "total_steps": STEPS},
+    }
+    for method, options in variants.items():
+        for name, optimizer in (("sgd", sgd), ("adamw", adamw))[method == "step" :]:
             single = make()
-            sparsify(single, "2:4", method=method, **options)
+            sparsify(single, "2:4", **options)
             start, tracker = whole(single), MaskTracker(single)
             train(single, optimizer(single.parameters()))
             results[f"moved {method} {name}"] = float((whole(single) - start).abs().max())
             results[f"flips {method} {name}"] = tracker.update().total_sad
 
             parallel = DistributedDataParallel(make())
-            sparsify(parallel, "2:4", method=method, **options)
+            sparsify(parallel, "2:4", **options)
             train(parallel, optimizer(parallel.parameters()), mine)
             results[f"ddp {method} {name}"] = float((whole(parallel) - whole(single)).abs().max())
 
             sharded = make()
-            sparsify(sharded, "2:4", method=method, **options)
+            sparsify(sharded, "2:4", **options)
             for layer in (sharded[0], sharded[2]):
                 fully_shard(layer)
             fully_shard(sharded)

@@ -102,10 +102,18 @@ def test_checkpoint_is_sparse_as_it_stands(trained: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("hook", [None, {"type": "EMAHook", "momentum": 0.1}], ids=["plain", "ema"])
-@pytest.mark.parametrize("method", ["sr-ste", "asp"])
-def test_resume_is_exact(make_config: Make, run: Make, tmp_path: Path, method: str, hook: Any) -> None:
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        {"method": "sr-ste"},
+        {"method": "asp"},
+        {"method": "decaying", "hyperparameters": {"gamma": "linear(1, 0)", "total_steps": 4}},
+    ],
+    ids=lambda sparsity: sparsity["method"],
+)
+def test_resume_is_exact(make_config: Make, run: Make, tmp_path: Path, sparsity: Any, hook: Any) -> None:
     def config(epochs: int) -> Any:
-        made = make_config(method=method)
+        made = make_config(**sparsity)
         made.train_cfg.max_epochs = epochs
         made.custom_hooks += [copy.deepcopy(hook)] if hook else []
         return made

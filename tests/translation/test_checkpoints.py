@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,18 @@ def test_progress_log_and_tensorboard_show_the_flips(trained: Path) -> None:
     assert events.Scalars("flip_rate")[0].value == pytest.approx(events.Scalars("sad")[0].value / 8192, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["sr-ste", "asp"])
-def test_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("sr-ste", ["--nm-decay", "linear(0, 0.3)", "--nm-hyperparameters", "total_steps=6"]),
+        ("asp", []),
+        ("ste", ["--nm-hyperparameters", "precondition=0.3,total_steps=6"]),
+        ("s-ste", []),
+    ],
+)
+def test_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq, method: str, options: Sequence[str]) -> None:
     """Six updates in one go, and three and three: the same weights, bit for bit."""
-    options = ["--nm-method", method, "--nm-decay", "0.3"][: 4 if method == "sr-ste" else 2]
+    options = ["--nm-method", method, *options]
     fairseq(arguments(corpus, tmp_path / "once", "--max-update", "6", *options))
     for updates in ("3", "6"):
         fairseq(arguments(corpus, tmp_path / "twice", "--max-update", updates, *options))

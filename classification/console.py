@@ -41,7 +41,7 @@ class Console:
         config, folder = self._config, self._config.folder
         asked, warmup = config.optimizer.warmup_epochs, config.warmup_epochs
         if warmup != asked:
-            self.say(f"the warm-up of {asked:g} epochs is longer than the run and takes {warmup:g} of it instead")
+            self.say(f"the warm-up of {asked:g} epochs is longer than the run: it takes {warmup:g} epochs")
         if planned is None:
             self.say(f"writing {METRICS}, TensorBoard's events and, after every epoch, {LATEST} into {folder}")
             return

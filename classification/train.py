@@ -150,10 +150,12 @@ class Trainer:
         self.model.train()
         batches = train_batches(self.splits.train, config, epoch, here.step - epoch * self.steps_per_epoch)
         loss, since, steps = torch.zeros((), device=self.device), time.perf_counter(), 0
+        total, first = torch.zeros_like(loss), here.step
         for parts in batches:
             due = (here.step + 1) % config.log_every == 0
             tracker = MaskTracker(self.model) if due and self.report.sparse else None
-            loss += self._step(parts, self.lr[here.step])
+            step_loss = self._step(parts, self.lr[here.step])
+            loss, total = loss + step_loss, total + step_loss
             here.step, steps = here.step + 1, steps + 1
             bar.update()
             if due:
@@ -174,12 +176,13 @@ class Trainer:
             if config.checkpoint_every and here.step % config.checkpoint_every == 0:
                 self._finite(loss)
                 self._save(LATEST)
-        self._finite(loss)
+        mean = self._finite(total / max(here.step - first, 1))
         here.seconds += time.perf_counter() - since
         accuracy = self._evaluate()
-        run.log(here.step, {"epoch": epoch + 1, **_named("val", accuracy)})
+        run.log(here.step, {"epoch": epoch + 1, "train/loss": mean, **_named("val", accuracy)})
         self.console.say(
-            f"epoch {epoch + 1}/{config.epochs}: val top-1 {accuracy.top1:.2f}%, val loss {accuracy.loss:.4f}"
+            f"epoch {epoch + 1}/{config.epochs}: train loss {mean:.4f}, val loss {accuracy.loss:.4f}, "
+            f"val top-1 {accuracy.top1:.2f}%"
         )
         yet = unfinished(self.evaluated)
         best = bool(yet) or accuracy.top1 > here.best

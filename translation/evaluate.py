@@ -11,8 +11,6 @@ import logging
 import random
 import re
 import sys
-from argparse import Namespace
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,10 +30,10 @@ from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.table import format_table
 from nm_sparsity.translation.average import average
 from nm_sparsity.translation.corpora import read_lines
-from nm_sparsity.translation.plugin import check_dictionaries, install
 from nm_sparsity.translation.prepare import Prepared, check_separate
 from nm_sparsity.translation.recipes import checkpoint_of, recorded
-from nm_sparsity.translation.stock import checkpoint_utils, eval_lm, utils
+from nm_sparsity.translation.runs import batches, data_of, generate, load_run
+from nm_sparsity.translation.stock import eval_lm
 from nm_sparsity.translation.trainer import read
 
 EVALUATION = "evaluation.json"
@@ -97,46 +95,10 @@ class Perplexity:
     pieces: int
 
 
-def load_run(checkpoint: Path, data: Path, payload: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
-    """Model and task of a checkpoint with the prepared folder `data`, in eval mode, on the GPU if there is one.
-
-    `payload` is what `read` gave of the file, where it was read already.
-
-    Raises:
-        CheckpointError: if the file is damaged, or of another dictionary than `data`.
-    """
-    install()  # also for a checkpoint of fairseq's own tasks
-    state = (payload or read(checkpoint))["task_state"]
-    models, config, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], {"data": str(data / "bin")})
-    check_dictionaries(task, state)
-    model = models[0]
-    model.eval()
-    if torch.cuda.is_available():
-        model.cuda()
-    model.prepare_for_inference_(config)
-    return model, task
-
-
 def translate(model: Any, task: Any, subset: str, beam: int, lenpen: float) -> list[str]:
     """The detokenized translation of every sentence of `subset`, in order."""
-    generator = task.build_generator([model], Namespace(beam=beam, lenpen=lenpen, max_len_a=2, max_len_b=20))
-    hypotheses: dict[int, str] = {}
-    for sample in _batches(model, task, subset):
-        for index, found in zip(sample["id"].tolist(), task.inference_step(generator, [model], sample), strict=True):
-            tokens = found[0]["tokens"].int().cpu()
-            hypotheses[index] = task.target_dictionary.string(tokens, "sentencepiece")
-    return [hypotheses[index] for index in range(len(hypotheses))]
-
-
-def _batches(model: Any, task: Any, subset: str) -> Iterator[Any]:
     task.load_dataset(subset)
-    iterator = task.get_batch_iterator(
-        dataset=task.dataset(subset),
-        max_tokens=8000,
-        max_positions=utils.resolve_max_positions(task.max_positions(), model.max_positions()),
-        required_batch_size_multiple=1,
-    ).next_epoch_itr(shuffle=False)
-    return (utils.move_to_cuda(sample) if torch.cuda.is_available() else sample for sample in iterator)
+    return generate(model, task, batches(model, task, task.dataset(subset)), beam, lenpen, (2.0, 20))
 
 
 def score(sources: list[str], hypotheses: list[str], references: list[str], compounds: bool = False) -> Translated:
@@ -199,12 +161,7 @@ def evaluate(options: Options) -> Translated | Perplexity:
     sparse = entry is not None and bool(Metadata.from_dict(entry, checkpoint).layers)
     if sparse or options.pattern:
         verify(payload, options.pattern)
-    folder = options.data or Path(payload["cfg"]["task"]["data"]).parent
-    if not folder.is_dir():
-        raise SparsityError(
-            f"there is no folder {folder}, which {checkpoint} was trained on (relative to where that was): name it "
-            "with --data"
-        )
+    folder = data_of(payload, checkpoint, options.data)
     prepared = Prepared.read(folder)
     model, task = load_run(checkpoint, folder, payload)
     check_separate(folder, prepared.languages)

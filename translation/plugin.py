@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import logging
+import math
 import signal
 import sys
 import threading
@@ -44,6 +45,9 @@ LAYERS = ("encoder.layers", "decoder.layers")
 
 DICTIONARIES = "nm_dictionaries"
 """Key in a checkpoint's ``task_state``: what tells one dictionary from another of the same size."""
+
+FIGURES = ("sad", "flip_rate", "decay_strength")
+"""What is measured at an update in ``--log-interval``, and so not in every epoch."""
 
 _NOISE = (
     r".?torch\.cuda\.amp\.",
@@ -108,6 +112,9 @@ class SparseTask:
     def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
         """From here on SIGTERM ends training with a checkpoint; a second one ends it at once."""
         super().begin_epoch(epoch, model)  # type: ignore[misc]
+        for name in FIGURES:
+            if (meter := metrics.get_meter("train", name)) is not None:
+                meter.val = math.nan  # until it is measured; fairseq's None is no number for its log and TensorBoard
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._terminate)
 

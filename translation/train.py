@@ -56,7 +56,15 @@ def _train(config: TransformerConfig, more: Sequence[str], arguments: Sequence[s
     )
     plugin.install()  # before fairseq reads its options, which is noisy
     sys.argv = ["fairseq-train", *arguments]
-    fairseq_train.cli_main()
+    module, last = "python -m nm_sparsity.translation", config.folder / "checkpoint_last.pt"
+    try:
+        fairseq_train.cli_main()
+    except KeyboardInterrupt:
+        print(
+            f"{module}.train {config.folder} goes on from {last}" if last.is_file() else "no checkpoint is written yet"
+        )
+        raise
+    print(f"score it: {module}.evaluate {config.folder}\ntry it: {module}.predict {config.folder} 'A sentence.'")
 
 
 def _check_folder(config: TransformerConfig) -> None:

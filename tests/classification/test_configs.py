@@ -46,9 +46,12 @@ def test_imagenet_recipes_are_the_papers(model: str, pattern: str) -> None:
         assert (config.sparsity.method, config.sparsity.decay) == ("sr-ste", 2e-4)
 
 
-def test_the_papers_lambda_has_strength_six() -> None:
-    steps = 1_281_167 // 256
-    assert 2e-4 * sum(learning_rates(configs.get("resnet50_2to4"), steps)) == pytest.approx(6, rel=0.01)
+@pytest.mark.parametrize("name", ["resnet50_2to4", "resnet50_2to4_finetune"])
+def test_the_papers_lambda_has_strength_six_and_so_has_that_of_fine_tuning(name: str) -> None:
+    config = configs.get(name)
+    assert config.sparsity.decay is not None
+    strength = config.sparsity.decay * sum(learning_rates(config, 1_281_167 // 256))
+    assert strength == pytest.approx(6, rel=0.01)
 
 
 def test_learning_rates_warm_up_linearly_and_fall_along_a_cosine() -> None:

@@ -25,9 +25,10 @@ from nm_sparsity.core.files.checkpoint import merge
 from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import trainer as trainer_module
 from nm_sparsity.translation.average import average
-from nm_sparsity.translation.evaluate import load_run, translate
+from nm_sparsity.translation.evaluate import translate
 from nm_sparsity.translation.plugin import install
 from nm_sparsity.translation.prepare import Prepared, prepare
+from nm_sparsity.translation.runs import load_run
 from nm_sparsity.translation.trainer import EMA, copy, plain
 
 Fairseq = Callable[[list[str]], None]

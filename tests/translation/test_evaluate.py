@@ -31,10 +31,10 @@ from nm_sparsity.translation.evaluate import (
     Perplexity,
     Translated,
     evaluate,
-    load_run,
     score,
     show,
 )
+from nm_sparsity.translation.runs import load_run
 from nm_sparsity.translation.trainer import read
 
 Fairseq = Callable[[list[str]], None]
@@ -273,6 +273,11 @@ def test_a_users_mistake_ends_without_a_traceback(corpus: Path, tmp_path: Path) 
         assert [line for line in result.stderr.splitlines() if line.startswith("error: ")]
 
 
+def test_a_run_that_logged_nothing_yet_has_no_curve(trained: Path, tmp_path: Path) -> None:
+    assert study.curve(tmp_path, "train_inner", "sad") == []
+    assert len(study.curve(trained, "train_inner", "sad")) == 8
+
+
 @pytest.mark.slow
 def test_commands_do_not_show_other_libraries_debug_lines() -> None:
     """fairseq's modules set up the log of the whole process when they are imported."""
@@ -303,3 +308,4 @@ def test_the_readme_runs_as_written(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     assert "BLEU = " in result.stdout
     assert "0 violate their pattern" in result.stdout
+    assert "S-0\t▁two ▁thousand ▁and ▁five" in result.stdout

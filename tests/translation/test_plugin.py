@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
+import signal
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -255,3 +257,21 @@ def test_conversion_draws_no_random_numbers(corpus: Path, tmp_path: Path) -> Non
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert MaskTracker(unwrap(model)).update().total_sad == 0
     assert model.encoder.embed_tokens.weight.shape[1] == WIDTH
+
+
+def test_what_an_epoch_did_not_measure_is_not_a_number(corpus: Path, tmp_path: Path) -> None:
+    """fairseq would show None, once an epoch before it had a figure."""
+    trainer = make_trainer(arguments(corpus, tmp_path))
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with metrics.aggregate("train"):
+            metrics.log_scalar("sad", 3.0, round=0)
+        metrics.reset_meters("train")
+        trainer.task.begin_epoch(2, trainer.get_model())
+        assert math.isnan(metrics.get_smoothed_value("train", "sad"))
+        with metrics.aggregate("train"):
+            metrics.log_scalar("sad", 4.0, round=0)
+        assert metrics.get_smoothed_value("train", "sad") == 4
+    finally:
+        metrics.reset_meters("train")
+        signal.signal(signal.SIGTERM, handler)

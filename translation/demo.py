@@ -33,6 +33,7 @@ def main(study: TranslationStudy = DEMO) -> None:
     print()
     print_next_steps(
         {
+            "translate something": f"nm_sparsity.translation.predict {study.out / FINALIZED} 'two thousand and five'",
             "is it really 2:4?": f"nm_sparsity.core verify {study.out / FINALIZED} --pattern 2:4",
             "a harder pattern": f"nm_sparsity.translation.train {study.recipe} --pattern 1:4 --out runs/1to4",
             "real sentences (Debian)": "nm_sparsity.translation.prepare libreoffice --out data/libreoffice",

@@ -140,7 +140,8 @@ def _restore_shadow(model: torch.nn.Module, entry: Mapping[str, Any] | None, fil
 
 
 def _method(metadata: Metadata) -> str:
-    values = (f"{name} {value}" for name, value in metadata.hyperparameters.items())
+    """The method and its hyperparameters, but for the length of the run: a longer one goes on at its place in it."""
+    values = (f"{name} {value}" for name, value in metadata.hyperparameters.items() if name != "total_steps")
     return " and ".join((metadata.method, *values))
 
 

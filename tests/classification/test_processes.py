@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -184,3 +185,26 @@ def test_a_users_mistake_shows_no_traceback(tmp_path: Path, environment: dict[st
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_readme_trains_on_ones_own_images_as_written(
+    folders: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """With fewer and smaller images and epochs."""
+    text = (Path(__file__).resolve().parents[2] / "classification" / "README.md").read_text(encoding="utf-8")
+    commands = text.partition("```sh\n")[2].partition("```")[0]
+    small = "--batch-size 6 --epochs 1 --data.image-size 32 --data.workers 0"
+    assert "--batch-size 32 --epochs 30" in commands
+    folders.rename(tmp_path / "my-images")
+    done = subprocess.run(
+        ["bash", "-ec", commands.replace("--batch-size 32 --epochs 30", small)],
+        cwd=tmp_path,
+        env={**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("my-images/val/n0") == 6
+    assert "19 weights checked, 0 violate their pattern" in done.stdout

@@ -136,6 +136,9 @@ def _restore_shadow(model: torch.nn.Module, entry: Mapping[str, Any] | None, fil
                 f"the checkpoint is of a run with {there}, not {here}: choose another --save-dir (and start from its "
                 "weights with --finetune-from-model, if you like)"
             )
+        before, now = (entry.hyperparameters.get("total_steps") for entry in (metadata, Metadata.of(model)))
+        if before != now:
+            logger.info("planned for %s updates, now for %s: every schedule is that of the new run", before, now)
         restore(model, model.state_dict(), metadata)
 
 

@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.deploy import measure as measuring
-from nm_sparsity.core.deploy.backends import Backend, choose_backend
+from nm_sparsity.core.deploy.backends import DEFAULT, Backend, choose_backend
 from nm_sparsity.core.deploy.cache import Cache, Problem, flat
 from nm_sparsity.core.deploy.child import first_line
 from nm_sparsity.core.deploy.clock import Clock, seconds
@@ -222,13 +222,20 @@ def _prepare(
     one_of: dict[Any, _Candidate] = {}
     for candidate in eligible:
         one_of.setdefault(candidate.kind, candidate)
-    trials = {kind: _trial(candidate, backend) for kind, candidate in one_of.items()}
     chosen: dict[Any, tuple[int, ...]] = {}
-    if backend.searched and algorithms:
-        chosen = _algorithms({kind: c for kind, c in one_of.items() if not trials[kind].why}, trials, cache, notes)
-    for kind, trial in trials.items():
-        if not trial.why:
-            trial.finish(one_of[kind], backend, chosen.get(kind, ()), launch if measure else None, clock)
+    dangerous: frozenset[str] = frozenset()
+    if backend.searched and algorithms and one_of:
+        cache = cache or Cache(device)
+        chosen = _algorithms(one_of, True, cache, notes)
+        refused = {kind: c for kind, c in one_of.items() if c.activation and not chosen[kind]}
+        chosen |= _algorithms(refused, False, cache, notes)
+        dangerous = frozenset(dtype for dtype, bad in cache.bad.items() if DEFAULT in bad)
+    trials: dict[Any, _Trial] = {}
+    for kind, candidate in one_of.items():
+        if not chosen.get(kind) and _short(candidate.param.dtype) in dangerous:
+            trials[kind] = _Trial(why="the default algorithm crashes or hangs here, and no other was found")
+        else:
+            trials[kind] = _trial(candidate, backend, chosen.get(kind, ()), launch if measure else None, clock)
 
     rows: list[Row] = []
     ready: list[tuple[_Candidate, nn.Module]] = []
@@ -247,67 +254,59 @@ def _prepare(
     return rows, ready
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Trial:
     """What is found out about all layers of a kind by one of them."""
 
-    activation: str
-    weight: Any = None
+    activation: str = ""
+    """That runs within the product."""
     why: str = ""
+    """Why they stay dense."""
     times: Times | None = None
 
-    def finish(
-        self, candidate: _Candidate, backend: Backend, algorithms: tuple[int, ...], launch: str | None, clock: Clock
-    ) -> None:
-        """Check the layer with these algorithms, and time it if there is a `launch`."""
-        layer = candidate.layer
-        sparse = compressed(layer, backend, algorithms, self.activation, self.weight)
-        self.weight = None
-        try:
-            error = measuring.deviation(layer, sparse, self.activation, candidate.calls)
-            if error > measuring.TOLERANCE:
-                self.why = f"its 2:4 product is wrong: relative error {error:.2g}"
-            elif launch is not None:
-                self.times = measuring.compare(layer, sparse, self.activation, candidate.calls, launch, clock)
-                if self.times.speedup < measuring.MARGIN:
-                    slower = self.times.speedup < 1 / measuring.MARGIN
-                    self.why = "2:4 is slower" if slower else "2:4 gains nothing"
-        except CuSparseLtError as refused:
-            self.why = first_line(refused)
 
-
-def _trial(candidate: _Candidate, backend: Backend) -> _Trial:
-    """A first run, by the default algorithm: with the activation if the library takes it."""
-    weight = compressed(candidate.layer, backend).weight
+def _trial(
+    candidate: _Candidate, backend: Backend, algorithms: tuple[int, ...], launch: str | None, clock: Clock
+) -> _Trial:
+    """Check the layer's 2:4 form, with the activation if the library takes it, and time it if there is a `launch`."""
+    layer, calls, why = candidate.layer, candidate.calls, ""
+    weight = compressed(layer, backend).weight
     for activation in dict.fromkeys((candidate.activation, "")):
-        sparse = compressed(candidate.layer, backend, (), activation, weight)
+        sparse = compressed(layer, backend, algorithms, activation, weight)
         try:
-            with torch.no_grad():
-                for one in candidate.calls:
-                    sparse.forward(one.random(candidate.param.device))
+            error = measuring.deviation(layer, sparse, activation, calls)
+            if error > measuring.TOLERANCE:
+                return _Trial(why=f"its 2:4 product is wrong: relative error {error:.2g}")
+            if launch is None:
+                return _Trial(activation)
+            times = measuring.compare(layer, sparse, activation, calls, launch, clock)
         except CuSparseLtError as refused:
             why = first_line(refused)
-        else:
-            return _Trial(activation, weight)
-    return _Trial("", why=why)
+            continue
+        if times.speedup >= measuring.MARGIN:
+            return _Trial(activation, times=times)
+        slower = times.speedup < 1 / measuring.MARGIN
+        return _Trial(activation, "2:4 is slower" if slower else "2:4 gains nothing", times)
+    return _Trial(why=why)
 
 
 def _algorithms(
-    one_of: dict[Any, _Candidate], trials: dict[Any, _Trial], cache: Cache | None, notes: list[str]
+    one_of: dict[Any, _Candidate], fused: bool, cache: Cache, notes: list[str]
 ) -> dict[Any, tuple[int, ...]]:
-    """For each kind, the algorithms that were found for its product, of all bins of tokens that are known."""
+    """For each kind, the algorithms that are found for its product, of all bins of tokens that are known.
+
+    Args:
+        fused: with the activation.
+    """
     problems: dict[Any, list[Problem]] = {}
     for kind, candidate in one_of.items():
         dtype, (rows, columns) = _short(candidate.param.dtype), candidate.param.flatten(1).shape
         bins = sorted({bin_of(one.tokens(candidate.layer)) for one in candidate.calls})
-        more = (candidate.bias is not None, trials[kind].activation)
+        more = (candidate.bias is not None, candidate.activation if fused else "")
         problems[kind] = [Problem(dtype, dtype, rows, columns, count, *more) for count in bins]
-    if not problems:
-        return {}
-    device = next(iter(one_of.values())).param.device
-    cache = cache or Cache(device)
-    found = search([problem for of_kind in problems.values() for problem in of_kind], device, cache)
-    notes += found.notes
+    if problems:
+        device = next(iter(one_of.values())).param.device
+        notes += search([problem for of_kind in problems.values() for problem in of_kind], device, cache).notes
     return {kind: flat(cache.bins(of_kind[0])) for kind, of_kind in problems.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,18 @@ def test_algorithms_come_from_the_cache(stand_in: Path) -> None:
     model(x.repeat(100, 1))
     plans = [line for line in stand_in.read_text().splitlines() if line.startswith("plan")]
     assert plans[-2:] == ["plan 8 tokens, algorithm 1, split-k 1", "plan 800 tokens, algorithm 2, split-k 1"]
+
+
+def test_a_default_algorithm_that_kills_is_not_run_here(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process would die of it: it is known from the cache, and no child can be asked for another."""
+    monkeypatch.setenv("STAND_IN_DIES", "0")
+    monkeypatch.setattr(sys, "executable", "")
+    known = Cache(CPU)
+    known.bad["bfloat16"] = {Algorithm()}
+    model = finalized(nn.Linear(64, 32))
+    report = to_semi_structured(model, torch.randn(8, 64).bfloat16(), backend=OnHost(), cache=known)
+    assert [row.note for row in report.rows] == ["the default algorithm crashes or hangs here, and no other was found"]
+    assert "the search for algorithms stopped" in str(report)
 
 
 class OutOfMemory(OnHost):

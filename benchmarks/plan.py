@@ -26,7 +26,7 @@ from nm_sparsity.benchmarks.devices import DTYPES, Device, Product
 from nm_sparsity.benchmarks.report import COMMITTED, DEFAULT_FOLDER, Result
 from nm_sparsity.core import NMPattern, SparsityError, sparsify, unsparsify
 from nm_sparsity.core.deploy.backends import BACKENDS
-from nm_sparsity.core.deploy.convert import PATTERN, why_not_layer
+from nm_sparsity.core.deploy.candidates import PATTERN, why_not_layer
 from nm_sparsity.core.deploy.measure import MARGIN
 from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.command_line import command_line, make_parser

@@ -17,7 +17,7 @@ from nm_sparsity.benchmarks import models, report
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.deploy.backends import BACKENDS
 from nm_sparsity.core.deploy.cache import Cache, Problem
-from nm_sparsity.core.deploy.convert import activations, why_not_layer
+from nm_sparsity.core.deploy.candidates import activations, why_not_layer
 from nm_sparsity.core.deploy.search import Search, bin_of, search
 from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.command_line import command_line, make_parser

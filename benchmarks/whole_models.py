@@ -15,9 +15,10 @@ from nm_sparsity.benchmarks.products import Machine, reached, relative_error
 from nm_sparsity.benchmarks.report import Result, Row
 from nm_sparsity.benchmarks.timing import Budget
 from nm_sparsity.core import SparsityError, finalize, sparsify
+from nm_sparsity.core.deploy.acceleration import Acceleration
 from nm_sparsity.core.deploy.child import first_line
 from nm_sparsity.core.deploy.clock import Call, CudaGraph
-from nm_sparsity.core.deploy.convert import Acceleration, to_semi_structured
+from nm_sparsity.core.deploy.convert import to_semi_structured
 
 MODELS = (
     ("llama-prefill", 1, "bf16"),

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from nm_sparsity.core.deploy.acceleration import Acceleration
 from nm_sparsity.core.deploy.backends import Backend, choose_backend
 from nm_sparsity.core.deploy.cache import Cache
 from nm_sparsity.core.deploy.child import first_line
 from nm_sparsity.core.deploy.clock import Clock, seconds
-from nm_sparsity.core.deploy.convert import Acceleration, device_of, to_semi_structured
+from nm_sparsity.core.deploy.convert import device_of, to_semi_structured
 from nm_sparsity.core.deploy.example import arguments, run, tensors
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.model.modes import evaluating

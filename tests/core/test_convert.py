@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from nm_sparsity.core import SparsityError, finalize, sparsify
+from nm_sparsity.core.deploy.acceleration import Acceleration
 from nm_sparsity.core.deploy.backends import CuSparseLt
 from nm_sparsity.core.deploy.cache import Cache, Problem
-from nm_sparsity.core.deploy.convert import Acceleration, to_semi_structured
+from nm_sparsity.core.deploy.convert import to_semi_structured
 from nm_sparsity.core.deploy.cusparselt import Algorithm
 from nm_sparsity.core.deploy.layers import SemiStructuredLinear
 from nm_sparsity.core.deploy.measure import ROUNDS

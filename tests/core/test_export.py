@@ -18,7 +18,8 @@ from torch.sparse._semi_structured_conversions import (
 from nm_sparsity.core import SparsityError, VerificationError, finalize, keep_largest, sparsify
 from nm_sparsity.core.deploy import cusparselt, library
 from nm_sparsity.core.deploy.backends import BACKENDS, CuSparseLt, Cutlass, choose_backend
-from nm_sparsity.core.deploy.convert import to_semi_structured, why_not_layer
+from nm_sparsity.core.deploy.candidates import why_not_layer
+from nm_sparsity.core.deploy.convert import to_semi_structured
 from nm_sparsity.core.deploy.layers import SemiStructuredConv2d, SemiStructuredLinear
 from nm_sparsity.core.deploy.onnx import to_onnx
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,6 @@ from nm_sparsity.core.files.io import load, replacing, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.integrations.callback import SparseTraining, is_sparse
 from nm_sparsity.core.model.layers import frozen
-from nm_sparsity.core.pattern import NMPattern
 
 logger = logging.getLogger(__name__)
 
@@ -54,16 +53,6 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
         SparsityError: at once, for an option that `sparsify` would refuse; when the Trainer is made, if no weight of
             the model can have the pattern; when training begins, under DeepSpeed or FSDP.
     """
-
-    def __init__(
-        self,
-        pattern: str | NMPattern = "2:4",
-        *,
-        interval: int = 50,
-        exclude: Iterable[str] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(pattern, interval=interval, exclude=exclude, **options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Convert the model, if the Trainer has one yet."""
@@ -133,7 +122,7 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
 def heads(model: Any) -> list[str]:
     """The names of the modules of a Transformers model that lie outside of its backbone, and its output embeddings.
 
-    A classifier or an ``lm_head``: small or decisive, and dense in the recommended recipes. Empty for other models.
+    A classifier or an ``lm_head``, which the recipes keep dense, too. Empty for other models.
     """
     backbone = getattr(model, "base_model", model)
     found = [name for name, child in model.named_children() if backbone is not model and child is not backbone]

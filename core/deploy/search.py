@@ -103,13 +103,14 @@ def search(
                     progress(f"{problem}: {trying[1]}")
                 elif "seconds" in answer:
                     times[problem][Algorithm(*answer["tried"])] = answer["seconds"]
-                else:
                     trying = None
+                else:
                     open_problems.remove(problem)
                     if answer["failed"]:
                         done.notes.append(f"{problem}: not searched, {answer['failed']}")
                     else:
                         done.algorithms[problem] = cache.found[str(problem)] = _fastest(times[problem])
+                        cache.save()  # at once, in case this process is ended
                 if time.monotonic() > end:
                     done.notes.append(f"the search for algorithms was out of time with {len(open_problems)} to go")
                     break
@@ -123,13 +124,12 @@ def search(
             break
         problem, algorithm = trying
         cache.bad.setdefault(problem.dtype, set()).add(algorithm)
+        cache.save()
         done.notes.append(f"{problem.dtype}: algorithm {_text(algorithm)} is left out: {reason}")
     for problem in open_problems:
         done.algorithms[problem] = _fastest(times[problem])
     for problem in problems:
         done.algorithms.setdefault(problem, Algorithm())
-    if times:
-        cache.save()
     return done
 
 

@@ -247,6 +247,19 @@ BAD = {
         file
         folder --checkpoint none.pth
         folder --pictures x
+        file --config nonsense
+        text.pt --config tiny_mask_rcnn
+        text.pt --config folder
+    """,
+    "detection.predict": """
+        none
+        none file
+        folder file
+        folder folder
+        folder folder --score x
+        folder folder --score 2
+        file folder --config nonsense
+        text.pt file --config tiny_mask_rcnn
     """,
     "detection.predict": """
         none picture.png --out out
@@ -260,7 +273,8 @@ BAD = {
     """,
     "detection.prepare": """
         nonsense
-        coco --out none
+        coco --data none
+        coco --data folder
         coco --out folder
         composed
         composed --out file

@@ -48,7 +48,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
     import nm_sparsity.detection.plugin  # noqa: F401  before mmdet, which binds mmcv's operators
 
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        # It complains of optional packages that nobody asked for.
+        # It complains of optional packages that nobody asked for; here it is imported first.
         warnings.simplefilter("ignore")
         import mmdet.apis
         import mmdet.evaluation  # noqa: F401  registers mmdet's scope

@@ -126,14 +126,13 @@ def evaluate(
         SparsityError: for a folder that is no run, a pattern that does not hold, or a finalized model that scores
             differently.
     """
-    import nm_sparsity.detection.plugin  # noqa: F401, I001  before mmdet, which binds mmcv's operators
+    run = path if path.is_dir() else path.parent
+    trained = Trained.open(checkpoint or path, config or (str(run) if checkpoint else None))
     from mmdet.apis import init_detector
     from mmengine.device import get_device
     from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
 
-    run = path if path.is_dir() else path.parent
-    trained = Trained.open(checkpoint or path, config or (str(run) if checkpoint else None))
     out = make_folder(out or run)
     init_default_scope(trained.config.get("default_scope", "mmdet"))
     with redirect_stdout(io.StringIO()):

@@ -48,13 +48,12 @@ def predict(arguments: Arguments) -> Iterator[tuple[Path, Detections, tuple[str,
     Raises:
         SparsityError: if the checkpoint or a picture cannot be read; what came before was given.
     """
-    import nm_sparsity.detection.plugin  # noqa: F401, I001  before mmdet, which binds mmcv's operators
-    from mmcv.transforms import Compose
-    from mmdet.apis import inference_detector
-
     if not 0 <= arguments.score <= 1:
         raise SparsityError(f"--score {arguments.score}: expected a number from 0 to 1")
     trained = Trained.open(arguments.path, arguments.config)
+    from mmcv.transforms import Compose
+    from mmdet.apis import inference_detector
+
     files = [file for path in arguments.pictures for file in named_images(path)]
     model: Any = trained.model().eval()
     model.cfg = trained.config

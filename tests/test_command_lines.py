@@ -252,16 +252,6 @@ BAD = {
         text.pt --config folder
     """,
     "detection.predict": """
-        none
-        none file
-        folder file
-        folder folder
-        folder folder --score x
-        folder folder --score 2
-        file folder --config nonsense
-        text.pt file --config tiny_mask_rcnn
-    """,
-    "detection.predict": """
         none picture.png --out out
         folder picture.png --out out
         text.pt picture.png --out out
@@ -270,6 +260,14 @@ BAD = {
         sparse.pt picture.png --out out --config tiny_mask_rcnn
         sparse.pt picture.png --out out --score 2
         sparse.pt --out
+        none
+        none file
+        folder file
+        folder folder
+        folder folder --score x
+        folder folder --score 2
+        file folder --config nonsense
+        text.pt file --config tiny_mask_rcnn
     """,
     "detection.prepare": """
         nonsense

@@ -306,7 +306,7 @@ def linear(
     """
     dtype, columns = x.dtype, x.shape[-1]
     out_dtype = out_dtype or _default_output(dtype)
-    operands = _check(x, packed, bias, scale, alpha, activation, out_dtype)
+    operands = _check(x, packed, bias, scale, out_features, alpha, activation, out_dtype)
     device = x.get_device()
     rows = x.reshape(-1, columns)
     tokens = len(rows)
@@ -378,6 +378,7 @@ def _check(
     packed: Tensor,
     bias: Tensor | None,
     scale: Tensor | None,
+    out_features: int,
     alpha: float,
     activation: str,
     out_dtype: torch.dtype,
@@ -387,6 +388,15 @@ def _check(
         raise SparsityError(
             f"the input is {_name(x.dtype)} and the 2:4 weight {_name(packed.dtype)}: convert the input"
         )
+    # Half of the values and two bits for each: 9/16 of a 16-bit matrix, 10/16 of an 8-bit one.
+    share, dense = 9 if x.element_size() == 2 else 10, out_features * x.shape[-1]
+    if abs(packed.numel() * 16 - share * dense) * 4 > dense:
+        raise SparsityError(
+            f"the input has {x.shape[-1]} features, which do not fit the 2:4 weight of {out_features} outputs"
+        )
+    for vector in (bias, scale):
+        if vector is not None and vector.numel() != out_features:
+            raise SparsityError(f"bias and scale need one entry for each of {out_features} outputs")
     if x.device != packed.device:
         raise SparsityError(f"the input is on {x.device} and the 2:4 weight on {packed.device}: move the input")
     if out_dtype not in operands.outputs:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nm_sparsity.core.deploy import cache, child
+from nm_sparsity.core.deploy import search as search_module
 from nm_sparsity.core.deploy.cache import Cache, Problem, flat
 from nm_sparsity.core.deploy.child import ChildError, answers
 from nm_sparsity.core.deploy.cusparselt import Algorithm
@@ -163,3 +164,10 @@ def test_a_child_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_the_first_line_of_an_error() -> None:
     assert child.first_line(RuntimeError("one\ntwo")) == "one"
     assert child.first_line(KeyError()) == "KeyError"
+
+
+def test_a_child_that_does_not_see_the_gpu_says_so() -> None:
+    """As when `CUDA_VISIBLE_DEVICES` was changed since: devices go by their identity, not their number."""
+    with pytest.raises(RuntimeError, match="the child does not see the GPU GPU-1234 among its"):
+        search_module._device("GPU-1234")
+    assert search_module._device(search_module._identity(CPU)) == CPU

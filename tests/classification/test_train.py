@@ -98,6 +98,19 @@ RESUMED: dict[str, dict[str, Any]] = {
         "accumulation": 2,
         "ema": 0.8,
     },
+    "held second moment and a moving average": {
+        "sparsity__decay": None,
+        "sparsity__method": "s-ste",
+        "sparsity__hyperparameters": {"precondition": "0.3"},
+        "optimizer__name": "adamw",
+        "optimizer__lr": 0.003,
+        "ema": 0.8,
+    },
+    "fading masks, fixed later": {
+        "sparsity__decay": None,
+        "sparsity__method": "decaying",
+        "sparsity__hyperparameters": {"gamma": "cosine(1, 0, 0.1, 0.6)", "fix_at": 0.8},
+    },
     "asp with loss scaling": {"sparsity__decay": None, "sparsity__method": "asp", "amp": "fp16"},
 }
 

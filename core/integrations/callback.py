@@ -58,11 +58,18 @@ class SparseTraining:
         self._excludes_by_default = exclude is None
         self._tracker: MaskTracker | None = None
 
-    def convert(self, model: nn.Module, exclude: Iterable[str] = ()) -> SparsityReport:
+    @property
+    def needs_length(self) -> bool:
+        """Whether the number of optimizer steps must be known at conversion: something changes over the run."""
+        method = self.config.make_method()
+        return method.scheduled and method.total_steps is None
+
+    def convert(self, model: nn.Module, exclude: Iterable[str] = (), total_steps: int | None = None) -> SparsityReport:
         """Make `model` sparse, in place; one that an earlier training finalized is made sparse anew.
 
         Args:
             exclude: globs of what stays dense where the user excluded nothing.
+            total_steps: the optimizer steps of the run, which the engine knows.
 
         Raises:
             SparsityError: see `SparsityConfig.sparsify`.
@@ -70,7 +77,7 @@ class SparseTraining:
         if any(found.table is not None for _, found in record.records(model)):
             unsparsify(model)
         config = replace(self.config, exclude=tuple(exclude)) if self._excludes_by_default else self.config
-        self.report = config.sparsify(model)
+        self.report = config.sparsify(model, total_steps)
         return self.report
 
     def before_step(self, model: nn.Module, step: int) -> None:

@@ -39,9 +39,10 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
     """Trains the Trainer's model N:M sparse, finalizes and verifies it at the end.
 
     The model is converted when the Trainer is made: before it is compiled or wrapped and before a checkpoint is loaded.
-    Where that is not possible (``add_callback``, ``model_init``) it is converted when training begins; the optimizer,
-    which exists by then, holds the same Parameters. SAD, flip rate and decay strength go to `Trainer.log`. Until the
-    end the model's ``save_pretrained`` is the one below, and its ``generate`` runs inside `frozen`.
+    Where that is not possible (``add_callback``, ``model_init``, a schedule, for which the length of the run must be
+    known) it is converted when training begins; the optimizer, which exists by then, holds the same Parameters. SAD,
+    flip rate and decay strength go to `Trainer.log`. Until the end the model's ``save_pretrained`` is the one below,
+    and its ``generate`` runs inside `frozen`.
 
     Args:
         pattern: N:M, keep N of every M consecutive weights.
@@ -56,7 +57,7 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Convert the model, if the Trainer has one yet."""
-        if model is not None:
+        if model is not None and not self.needs_length:
             self._prepare(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -67,7 +68,7 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
                 "its checkpoints do not cover: use a training loop of your own with fully_shard"
             )
         if not is_sparse(model):
-            self._prepare(model)
+            self._prepare(model, state.max_steps)
         loop = _running_loop()
         if (folder := loop.get("resume_from_checkpoint")) is not None:
             resume(model, folder)
@@ -106,13 +107,13 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
         if hasattr(model, "save_pretrained"):
             setattr(model.config, METADATA, _table(model, names_on_disk(model)))
 
-    def _prepare(self, model: Any) -> None:
+    def _prepare(self, model: Any, total_steps: int | None = None) -> None:
         if hasattr(model, "peft_config"):
             raise SparsityError(
                 f"{type(model).__name__} has adapters, which NMSparsity would make sparse as well: sparsify the base "
                 "model before get_peft_model, and leave the callback out"
             )
-        report = self.convert(model, heads(model))
+        report = self.convert(model, heads(model), total_steps)
         logger.info("sparse model:\n%s", report)
         for name, function in _METHODS.items():
             if hasattr(model, name):

@@ -52,7 +52,9 @@ class NMSparsity(SparseTraining, Callback):  # type: ignore[misc]
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # the Trainer calls it after this, and again for every stage
         if self.report is None or not is_sparse(pl_module):
-            logger.info("sparse model:\n%s", self.convert(pl_module))
+            # Asking for the number loads the data, which a run that does not change can do later.
+            total_steps = int(trainer.estimated_stepping_batches) if self.needs_length else None
+            logger.info("sparse model:\n%s", self.convert(pl_module, total_steps=total_steps))
         if not isinstance(strategy.checkpoint_io, SparseCheckpointIO):
             strategy.checkpoint_io = SparseCheckpointIO(trainer, strategy.checkpoint_io)
 

@@ -100,13 +100,23 @@ def test_a_model_trains_and_its_folders_are_sparse_and_load_anywhere(family: str
 
 
 @pytest.mark.parametrize(
-    ("family", "method"), [("llama", "sr-ste"), ("gpt2", "sr-ste"), ("vit", "sr-ste"), ("bert", "asp"), ("t5", "ste")]
+    ("family", "options"),
+    [
+        ("llama", {"decay": 5.0}),
+        ("gpt2", {"decay": "linear(0, 5)"}),
+        ("vit", {"decay": 5.0}),
+        ("bert", {"method": "asp"}),
+        ("t5", {"method": "ste"}),
+        ("llama", {"method": "s-ste"}),
+        ("bert", {"method": "decaying"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(map(str, value.values())),
 )
-def test_a_resumed_run_ends_with_the_same_bits(family: str, method: str, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     build, sample, _, _ = FAMILIES[family]
 
     def callback() -> NMSparsity:
-        return NMSparsity(method=method, interval=1, **({"decay": 5.0} if method == "sr-ste" else {}))
+        return NMSparsity(interval=1, **options)
 
     straight, resumed = seeded(build), seeded(build)
     once = trainer(straight, sample, tmp_path / "once", callback())

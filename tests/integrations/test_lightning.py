@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from nm_sparsity.core import SparsityError, verify
 from nm_sparsity.core.files.io import load
+from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.integrations.lightning import NMSparsity
 
 WARNINGS = [
@@ -109,10 +110,10 @@ def test_checkpoints_are_sparse_and_load_anywhere(keep: dict[str, Any], tmp_path
     assert again["score"] == pytest.approx(float(score), rel=1e-6)
 
 
-@pytest.mark.parametrize("method", ["sr-ste", "asp"])
+@pytest.mark.parametrize("method", ["sr-ste", "asp", "s-ste", "decaying"])
 @pytest.mark.parametrize("build", [Classifier, BuiltLate])
 def test_a_resumed_run_ends_with_the_same_bits(method: str, build: Any, tmp_path: Path) -> None:
-    options = {"method": method, "decay": 5.0 if method == "sr-ste" else None}
+    options = {"method": method, "decay": "linear(0, 5)" if method == "sr-ste" else None}
     straight, resumed = seeded(build), build()
     fit(straight, tmp_path / "once", sparsity(**options))
     fit(resumed, tmp_path / "twice", sparsity(**options), resume=tmp_path / "once" / "epoch=0.ckpt")
@@ -131,6 +132,13 @@ def test_weight_averaging(first: bool, tmp_path: Path) -> None:
     assert is_2to4(load(tmp_path / "once" / "epoch=0.ckpt")["state_dict"]["net.0.weight"])
     fit(resumed, tmp_path / "twice", *callbacks(), resume=tmp_path / "once" / "epoch=0.ckpt")
     assert_equal(straight, resumed)
+
+
+def test_schedules_know_the_length_of_the_run(tmp_path: Path) -> None:
+    fit(seeded(), tmp_path, sparsity(method="decaying", decay=None), accumulate_grad_batches=2)
+    assert load(tmp_path / "epoch=0.ckpt")[METADATA]["hyperparameters"]["total_steps"] == 4
+    fading = Metadata.from_dict(load(tmp_path / "epoch=0.ckpt")[METADATA])
+    assert fading.state["net.0.weight"]["steps"] == 2
 
 
 def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:

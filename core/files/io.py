@@ -39,7 +39,10 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
     Raises:
         CheckpointError: if the disk is full or the folder not writable; a file that was there before stays.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+    except ValueError as error:  # a character that no path can have
+        raise CheckpointError(f"could not write {str(path)!r}: {error}") from error
     temporary = target.with_name(f"{_TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -401,9 +401,9 @@ def test_a_killed_process_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
         assert (w == w[0]).all()
 
 
-def test_a_folder_that_is_a_file_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file" / "x.pt", tmp_path / "file" / "folder" / "x.pt"):
+    for path in (tmp_path / "file" / "x.pt", tmp_path / "file" / "folder" / "x.pt", tmp_path / "x\0.pt"):
         with pytest.raises(CheckpointError, match="could not write"):
             save(path, {})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,12 @@ class Trained:
         if self.is_sparse:
             if self.sparsity is None:
                 raise SparsityError(f"{self.path} is sparse, but its config has no NMSparseHook: is it of this run?")
-            self.sparsity.config.sparsify(model)
+            config, planned = self.sparsity.config, None
+            if self.metadata is None:  # of dense weights, whatever the method, the largest are kept
+                config = replace(config, method="ste", decay=None, hyperparameters={})
+            else:
+                planned = self.metadata.hyperparameters.get("total_steps")
+            config.sparsify(model, planned)
         restore(model, self.state, self.metadata)
         return model
 

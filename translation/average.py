@@ -81,14 +81,15 @@ def _dictionaries(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shadow(payload: dict[str, Any], path: Path, ema: bool) -> tuple[dict[str, torch.Tensor], Metadata]:
-    """Dense shadow weights and metadata of a checkpoint file."""
+    """Dense shadow weights and metadata of a checkpoint file; its values where they are no selection of those."""
     extra = payload["extra_state"]
     if METADATA not in extra:
         raise CheckpointError(f"{path} is not a checkpoint of nm_translation or nm_language_modeling")
     if ema and EMA not in extra:
         raise CheckpointError(f"{path} has no moving average; train with --store-ema")
     metadata = Metadata.from_dict(extra[EMA if ema else METADATA], path)
-    return merge(extra["ema"] if ema else payload["model"], metadata), metadata
+    values = extra["ema"] if ema else payload["model"]
+    return (dict(values) if metadata.shadows else merge(values, metadata)), metadata
 
 
 @command_line

@@ -25,7 +25,7 @@ from nm_sparsity.core.files.checkpoint import merge
 from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import trainer as trainer_module
 from nm_sparsity.translation.average import average
-from nm_sparsity.translation.evaluate import translate
+from nm_sparsity.translation.evaluate import Options, evaluate, translate
 from nm_sparsity.translation.plugin import install
 from nm_sparsity.translation.prepare import Prepared, prepare
 from nm_sparsity.translation.runs import load_run
@@ -93,6 +93,23 @@ def test_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq, metho
         assert memory["lr_sum"] == states[1][name]["lr_sum"] == pytest.approx(6 * 0.01)
         if method == "asp":
             assert torch.equal(memory["state"]["mask"], states[1][name]["state"]["mask"])
+
+
+@pytest.mark.parametrize("options", [["--nm-method", "s-ste"], ["--nm-method", "decaying"]], ids=lambda o: o[1])
+def test_what_was_trained_is_what_is_scored(
+    corpus: Path, tmp_path: Path, fairseq: Fairseq, options: Sequence[str]
+) -> None:
+    """Of a method whose values are no selection too, every reader computes with the values that the file holds."""
+    run = tmp_path / "run"
+    fairseq(arguments(corpus, run, "--max-update", "6", "--no-epoch-checkpoints", *options))
+    held = load(run / "checkpoint_last.pt")["model"]
+    model, _ = load_run(run / "checkpoint_last.pt", corpus)
+    for name in sparse_names({"model": held}):
+        layer, _, parameter = name.rpartition(".")
+        assert torch.equal(getattr(model.get_submodule(layer), parameter), held[name]), name
+    evaluate(Options(run / "checkpoint_last.pt", data=corpus, beam=1))
+    exported = average((run / "checkpoint_last.pt",), tmp_path / "exported.pt")
+    assert equal(exported["model"], held)
 
 
 def test_a_dense_checkpoint_of_fairseqs_own_is_a_start(corpus: Path, tmp_path: Path, fairseq: Fairseq) -> None:

@@ -73,7 +73,8 @@ class Console:
         """Say what lies in the run folder at the end, and what to do with it."""
         folder: Path = self._config.folder
         self.say(f"wrote {', '.join(names)} into {folder}; the best val top-1 of an epoch was {best:.2f}%")
-        self.say(f"try it: python -m nm_sparsity.classification.predict {folder} PICTURE ...")
+        model = f" --model {self._config.model}" if ":" in self._config.model else ""  # code is named by its user
+        self.say(f"try it: python -m nm_sparsity.classification.predict {folder}{model} PICTURE ...")
 
     def _place(self, step: int) -> str:
         return f"step {step} of {len(self._lr)} (epoch {step / self._steps:.4g} of {self._config.epochs})"

@@ -95,6 +95,13 @@ class Method:
         value: Any = getattr(self, hyperparameter)
         return value.at(state.progress) if isinstance(value, Schedule) else value
 
+    def decay_share(self, state: WeightState) -> Tensor:
+        """The part of the largest lambda that acts at the step of `state`, as a 0-dim tensor: 0 while it is dense."""
+        decay, share = getattr(self, "decay", None), torch.ones_like(state.progress)
+        if isinstance(decay, Schedule):
+            share = decay.at(state.progress) / (decay.largest or 1.0)
+        return share * ~state.dense if self.starts_dense else share
+
     def value(self, w: Tensor, state: WeightState) -> Tensor:
         """What a layer computes with for the shadow weight `w`, in its shape and dtype, without autograd.
 
@@ -160,7 +167,8 @@ class WeightState:
     steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), compare=False)
     """How many optimizer steps of the run are done, on the weight's device; counted where the method is scheduled."""
     lr_sum: float | Tensor = 0.0
-    """Sum of the learning rates of all optimizer steps so far: lambda * lr_sum is the strength of the decay."""
+    """Sum of the learning rates of all optimizer steps so far, each times the part of the largest lambda that acted:
+    the largest lambda * lr_sum is the strength of the decay."""
     preconditioned: bool = False
     """Whether an adaptive optimizer stepped it, under which the strength has no natural scale."""
     stepped: bool = field(default=False, compare=False)

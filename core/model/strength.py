@@ -18,13 +18,13 @@ WEAK_DECAY = 0.1
 
 
 def decay_strength(model: nn.Module) -> float | None:
-    """lambda * sum(lr) over all optimizer steps so far: how strongly dropped weights were decayed, at most.
+    """The sum of lambda * lr over all optimizer steps so far: how strongly dropped weights were decayed, at most.
 
     With plain SGD a weight that is dropped throughout shrinks by about exp(-strength), with momentum by
     exp(-strength / (1 - momentum)). About 6 in the paper's ImageNet run; below 0.1 SR-STE acts like STE. Adaptive
-    optimizers divide the term by the gradient's magnitude, which no such scale describes. Of a scheduled lambda the
-    largest counts. ``None`` if the method has
-    no decay or has not been stepped.
+    optimizers divide the term by the gradient's magnitude, which no such scale describes. A scheduled lambda counts as
+    it was at each step, and steps before the weights became sparse count nothing. ``None`` if the method has no decay
+    or has not been stepped.
     """
     strengths = [
         _largest_decay(sparse.method) * float(sparse.lr_sum)
@@ -55,7 +55,7 @@ def warn_if_weak(model: nn.Module) -> None:
     trained = [s for _, p, s in sparse_weights(model) if p.requires_grad and p.grad is not None]
     if steps := bank.left_out(model):
         warn_left_out(sum(p.requires_grad and not s.stepped for _, p, s in sparse_weights(model)), steps)
-    elif trained and not any(sparse.lr_sum for sparse in trained):
+    elif trained and not any(sparse.stepped or sparse.lr_sum for sparse in trained):
         warnings.warn(
             "the sparse weights got gradients, but no torch.optim optimizer stepped them: if they were trained, their "
             "method's part in it (SR-STE's decay, ASP's mask) was never applied",

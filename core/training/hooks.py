@@ -93,6 +93,12 @@ class _Part:
         treated = self.states
         if NoneType in set(map(type, step.grads)):
             treated = [state for state, grad in zip(self.states, step.grads, strict=True) if grad is not None]
+        if self.method.scheduled:
+            device = self.batch.weights[0].device
+            for state in self.states:
+                if state.steps.device != device:
+                    state.steps = state.steps.to(device)
+            lr = lr * self.method.decay_share(self.states[0])
         if isinstance(lr, Tensor) or skipped is not None or isinstance(self.states[0].lr_sum, Tensor):
             lr = lr if skipped is None else lr * (1 - skipped)
             sums = self._sums(lr)
@@ -105,10 +111,6 @@ class _Part:
                 state.lr_sum = state.lr_sum + lr
         if self.method.scheduled:
             done = step.counts if skipped is None else step.counts * (1 - skipped)
-            device = self.batch.weights[0].device
-            for state in self.states:
-                if state.steps.device != device:
-                    state.steps = state.steps.to(device)
             torch._foreach_add_([state.steps for state in self.states], done)
         if not self.counted:
             for state in treated:

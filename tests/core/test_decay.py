@@ -558,3 +558,31 @@ def test_a_decay_too_weak_to_matter_is_warned_about() -> None:
         net(torch.randn(2, 8)).sum().backward()
         torch.optim.AdamW(net.parameters()).step()
         finalize(net)  # Adam divides the term by the gradient's size: the same number says nothing
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"decay": "linear(0, 0.5)"}, 0.5 * sum(t / 20 for t in range(20))),
+        ({"decay": "step(0, 0.5, 0.9)"}, 0.5 * 2),
+        ({"decay": "exponential(0.1, 0.4, 0, 0.5)"}, sum(0.1 * 4 ** min(t / 10, 1) for t in range(20))),
+        ({"decay": 0.5, "dense_until": 0.75}, 0.5 * 5),
+        ({"decay": "linear(0, 0)"}, None),
+    ],
+    ids=str,
+)
+def test_the_strength_is_that_of_the_lambda_at_each_step(options: dict[str, Any], expected: float | None) -> None:
+    """Without data gradients, a dropped weight shrinks by the product of 1 - lambda * lr over the steps."""
+    net = nn.Sequential(nn.Linear(8, 4, bias=False))
+    sparsify(net, "2:4", total_steps=20, **options)
+    w = net.get_parameter("0.weight")
+    dropped, before = ~nm_mask(w, "2:4"), w.detach().clone()
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (net(torch.ones(1, 8)) * 0).sum().backward()
+        optimizer.step()
+    strength = decay_strength(net)
+    assert strength == (None if expected is None else pytest.approx(expected * 1e-3, rel=1e-4))
+    shrunk = -(w.detach() / before)[dropped].log().mean()
+    assert float(shrunk) == pytest.approx(strength or 0.0, rel=2e-2, abs=1e-6)

@@ -71,15 +71,17 @@ def test_progress_log_and_tensorboard_show_the_flips(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "options"),
+    ("method", "options", "counted"),
     [
-        ("sr-ste", ["--nm-decay", "linear(0, 0.3)", "--nm-hyperparameters", "total_steps=6"]),
-        ("asp", []),
-        ("ste", ["--nm-hyperparameters", "precondition=0.3,total_steps=6"]),
-        ("s-ste", []),
+        ("sr-ste", ["--nm-decay", "linear(0, 0.3)", "--nm-hyperparameters", "total_steps=6"], 15 / 6),
+        ("asp", [], 6),
+        ("ste", ["--nm-hyperparameters", "precondition=0.3,total_steps=6"], 4),
+        ("s-ste", [], 6),
     ],
 )
-def test_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq, method: str, options: Sequence[str]) -> None:
+def test_resuming_is_exact(
+    corpus: Path, tmp_path: Path, fairseq: Fairseq, method: str, options: Sequence[str], counted: float
+) -> None:
     """Six updates in one go, and three and three: the same weights, bit for bit."""
     options = ["--nm-method", method, *options]
     fairseq(arguments(corpus, tmp_path / "once", "--max-update", "6", *options))
@@ -90,7 +92,7 @@ def test_resuming_is_exact(corpus: Path, tmp_path: Path, fairseq: Fairseq, metho
     states = [checkpoint["extra_state"][METADATA]["state"] for checkpoint in (once, twice)]
     assert states[0].keys() == states[1].keys()
     for name, memory in states[0].items():
-        assert memory["lr_sum"] == states[1][name]["lr_sum"] == pytest.approx(6 * 0.01)
+        assert memory["lr_sum"] == states[1][name]["lr_sum"] == pytest.approx(counted * 0.01)
         if method == "asp":
             assert torch.equal(memory["state"]["mask"], states[1][name]["state"]["mask"])
 

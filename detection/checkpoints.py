@@ -64,10 +64,7 @@ class Trained:
     @property
     def sparsity(self) -> Any:
         """The `NMSparseHook` of the config, if it has one."""
-        from nm_sparsity.detection.hooks import NMSparseHook
-
-        found = configs.hooks_of(self.config)
-        return NMSparseHook(**{k: v for k, v in found[0].items() if k not in ("type", "_scope_")}) if found else None
+        return sparsity_of(self.config)
 
     def model(self) -> nn.Module:
         """The model with its weights, on the device that MMEngine chooses.
@@ -92,6 +89,14 @@ class Trained:
             config.sparsify(model, planned)
         restore(model, self.state, self.metadata)
         return model
+
+
+def sparsity_of(config: Any) -> Any:
+    """The `NMSparseHook` of a config, if it has one."""
+    from nm_sparsity.detection.hooks import NMSparseHook
+
+    found = configs.hooks_of(config)
+    return NMSparseHook(**{k: v for k, v in found[0].items() if k not in ("type", "_scope_")}) if found else None
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -192,9 +192,10 @@ def _some(names: Sequence[str]) -> str:
 
 
 def kind_of(part: Any) -> str:
-    """The name of the type that a part of a config is built as; configs in Python's own style hold the class."""
+    """The name of the type that a part of a config is built as; configs in Python's own style hold the class, and
+    its whole path where they are written out."""
     kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
-    return getattr(kind, "__name__", kind)
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def set_sparsity(config: Any, sparsity: SparsityConfig | None) -> None:

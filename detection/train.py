@@ -5,6 +5,7 @@ Under torchrun with ``--launcher pytorch`` it trains on several devices (gloo wh
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -25,11 +26,12 @@ from mmengine.runner import EpochBasedTrainLoop
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
 from nm_sparsity.core.experiments.command_line import command_line, termination
 from nm_sparsity.core.experiments.folders import held
-from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
+from nm_sparsity.core.experiments.recipes import changes
+from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, as_json, environment, write_json
 from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.detection import PACKAGES
 from nm_sparsity.detection import config as configs
-from nm_sparsity.detection.checkpoints import LAST, last_checkpoint
+from nm_sparsity.detection.checkpoints import LAST, last_checkpoint, sparsity_of
 from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, load_safely
 
 
@@ -52,6 +54,8 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     # MMEngine keeps loggers and visualizers by name; a second run in a process would share the first's.
     name = f"{out.name}_{time.time_ns()}"
     config.merge_from_dict({"work_dir": str(out), "randomness": {"seed": seed}, "resume": resume, "launcher": launcher})
+    if resume:
+        _check_same_run(config, out)
     config.merge_from_dict({"experiment_name": name, "visualizer": {"name": name}})
     if launcher == "pytorch" and not torch.cuda.is_available():
         # MMEngine's own set-up asks for a GPU, unless the processes are connected already.
@@ -147,6 +151,27 @@ def _check_files(config: Any, out: Path, resume: bool) -> int:
             )
 
     return done
+
+
+def _check_same_run(config: Any, out: Path) -> None:
+    """Refuse to go on as another run: MMEngine would take the optimizer's options from the checkpoint without a word,
+    and the rest from here. A folder that MMEngine's own tool wrote has no ``config.json`` to compare with."""
+    path = out / CONFIG
+    if not path.is_file():
+        return
+    try:
+        there = _identity(json.loads(path.read_text()))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise SparsityError(f"{path} is damaged: {error}") from error
+    if changed := changes(there, _identity(as_json(config.to_dict())), may_change=["model.backbone.init_cfg"]):
+        raise SparsityError(f"{out} holds another run ({'; '.join(changed)}): choose another folder with --out")
+
+
+def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays the same in a run that is resumed, of a config as JSON: not its length, its devices or its paths."""
+    hook = sparsity_of(config)
+    sparsity = {} if hook is None else as_json(hook.config)
+    return {"sparsity": sparsity, **{key: config.get(key) for key in ("model", "optim_wrapper", "randomness")}}
 
 
 def _build(config: Any) -> Any:

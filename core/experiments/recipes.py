@@ -82,8 +82,13 @@ def from_tree(cls: type[Any], tree: Mapping[str, Any]) -> Any:
 
 def difference(there: Mapping[str, Any], here: RunConfig) -> list[str]:
     """What makes `here` another run than the one that left the config `there`, as ``name: there -> here``."""
-    before, now = _leaves(there), _leaves(here.to_dict())
-    names = [name for name in {**before, **now} if not f"{name}.".startswith(tuple(f"{n}." for n in here.may_change))]
+    return changes(there, here.to_dict(), here.may_change)
+
+
+def changes(there: Mapping[str, Any], here: Mapping[str, Any], may_change: Sequence[str] = ()) -> list[str]:
+    """What differs between two nested mappings, as ``name: there -> here``, but for the entries that `may_change`."""
+    before, now = _leaves(there), _leaves(here)
+    names = [name for name in {**before, **now} if not f"{name}.".startswith(tuple(f"{n}." for n in may_change))]
     return [f"{n}: {before.get(n)} -> {now.get(n)}" for n in names if before.get(n) != now.get(n)]
 
 

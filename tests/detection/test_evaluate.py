@@ -27,6 +27,8 @@ from nm_sparsity.detection import evaluate, pictures, prepare, train
 
 README = Path(__file__).parents[2] / "detection" / "README.md"
 
+ONE_EPOCH = ("train_cfg.max_epochs=1", "train_cfg.val_interval=99")
+
 
 @pytest.fixture(scope="session")
 def truth(data: Path) -> COCO:
@@ -333,6 +335,48 @@ def test_going_on_densely_where_a_run_was_sparse_is_refused(
     error = failure(capsys, "tiny_mask_rcnn", "--data", str(data), "--out", str(run), "--resume")
     assert "epoch_1.pth is 2:4 sparse, trained with sr-ste, but this config is dense; resume with" in error
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.fixture(scope="module")
+def command_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a 2:4 run of one epoch, of the command."""
+    run = tmp_path_factory.mktemp("command") / "run"
+    assert train.main(["tiny_mask_rcnn", f"--data={data}", f"--out={run}", "--pattern=2:4", *ONE_EPOCH]) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        (["--pattern=1:4"], "sparsity.pattern: 2:4 -> 1:4"),
+        (["--method=ste"], "sparsity.method: sr-ste -> ste"),
+        (["--decay=0.5"], "sparsity.decay: None -> 0.5"),
+        (["--seed=1"], "randomness.seed: 0 -> 1"),
+        (["optim_wrapper.optimizer.lr=0.5"], r"optim_wrapper.optimizer.lr: \S+ -> 0.5"),
+    ],
+)
+def test_a_resume_as_another_run_is_refused_and_writes_nothing(
+    command_run: Path, data: Path, capsys: pytest.CaptureFixture[str], more: list[str], changed: str
+) -> None:
+    before = {path: path.read_bytes() for path in command_run.rglob("*") if path.is_file()}
+    sparsity = [] if "--pattern=1:4" in more else ["--pattern=2:4"]
+    error = failure(
+        capsys, "tiny_mask_rcnn", f"--data={data}", f"--out={command_run}", "--resume", *sparsity, *more, *ONE_EPOCH
+    )
+    assert re.search(rf"run holds another run \(.*{changed}.*\): choose another folder with --out", error)
+    assert {path: path.read_bytes() for path in command_run.rglob("*") if path.is_file()} == before
+
+
+def test_the_same_command_has_nothing_left_to_resume(
+    command_run: Path, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(command_run, tmp_path / "run")
+    arguments = ["tiny_mask_rcnn", f"--data={data}", f"--out={run}", "--method=sr-ste", "--resume"]
+    assert train.main([*arguments, *ONE_EPOCH]) == 0
+    assert "training ended after 1 epochs: nothing left to do" in capsys.readouterr().out
+    assert train.main([*arguments, *ONE_EPOCH, "train_cfg.max_epochs=2"]) == 0
+    assert "written after 1 epochs" in capsys.readouterr().out
+    assert (run / "epoch_2.pth").is_file()
 
 
 def test_train_names_configs_of_other_versions(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

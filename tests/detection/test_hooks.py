@@ -303,7 +303,7 @@ def test_a_file_without_any_name_of_the_model_is_refused(make_config: Make, run:
 def test_resuming_another_pattern_is_refused(make_config: Make, run: Make, tmp_path: Path) -> None:
     run(make_config(pattern="2:4"), tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"cannot resume: .* is 1:4 along .* 2:4 along"):
-        run(make_config(pattern="1:4"), tmp_path / "run", resume=True)
+        runner_of(make_config(pattern="1:4"), tmp_path / "run", resume=True).train()
 
 
 def test_a_second_hook_is_refused(make_config: Make, run: Make) -> None:

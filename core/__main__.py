@@ -123,6 +123,8 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _finalize(args: argparse.Namespace) -> None:
+    if args.output.resolve() == args.file.resolve():
+        raise SparsityError(f"{args.output} is the file that is read: its dropped weights would be lost; name another")
     contents = read(args.file)
     state, metadata = contents.state, contents.metadata
     rules = Rules.parse(args.pattern or "2:4", remainder="dense", **_choice(args))

@@ -100,6 +100,8 @@ BAD = {
         finalize none.pt out.pt
         finalize text.pt out.pt --pattern 2:4
         finalize dense.pt out.pt
+        finalize dense.pt dense.pt --pattern 2:4
+        finalize dense.pt ./dense.pt --pattern 2:4
         finalize dense.pt out.pt --pattern 4:2
         finalize dense.pt out.pt --pattern 2:7
         finalize dense.pt out.pt --pattern 2:4 --exclude typo

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,8 +55,11 @@ def test_a_detector_that_finds_nothing_has_ap_0(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failed_run_shows_the_end_of_its_log(data: Path, tmp_path: Path) -> None:
-    wrong = DetectionStudy(out=tmp_path, data=data, config="nothing", methods=("dense",), seeds=(0,))
-    with pytest.raises(SparsityError, match=r"(?s)detection\.train nothing .*failed; the end of .*neither a file nor"):
+    broken = shutil.copytree(data, tmp_path / "broken")
+    for file in (broken / "annotations").glob("*.json"):
+        file.write_text("{")
+    wrong = DetectionStudy(out=tmp_path / "out", data=broken, config="tiny_mask_rcnn", methods=("dense",), seeds=(0,))
+    with pytest.raises(SparsityError, match=r"(?s)detection\.train tiny_mask_rcnn .*failed; the end of .*JSON"):
         conduct(wrong)
 
 

@@ -82,7 +82,12 @@ class Placement(NamedTuple):
             ValueError or TypeError: if `value` is anything else.
         """
         pattern, dims = value
-        if not dims or not all(type(d) is int and d >= 0 for d in dims) or len(set(dims)) < len(dims):
+        if (
+            not isinstance(dims, list | tuple)
+            or not dims
+            or not all(type(d) is int and d >= 0 for d in dims)
+            or len(set(dims)) < len(dims)
+        ):
             raise ValueError(f"{dims!r} are no dimensions")
         return cls(NMPattern.parse(pattern), tuple(dims))
 

@@ -23,7 +23,7 @@ METADATA = "nm_sparsity"
 FORMAT = 2
 """The format that is written. Older ones are read; a newer one is refused. Format 1 knew no `shadows`."""
 
-DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+DAMAGE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
 """What reading an entry that is not of the expected kind ends in."""
 
 _PREFIXES = ("module.", "_orig_mod.")

@@ -451,6 +451,8 @@ DAMAGE: dict[str, Any] = {
     "dropped of no weight": lambda m: {**m, "dropped": {"9.weight": torch.zeros(1)}},
     "tied to nothing": lambda m: {**m, "tied": {"0.weight": "9.weight"}},
     "state of no weight": lambda m: {**m, "state": {"9.weight": {"lr_sum": 0.0, "preconditioned": False, "state": {}}}},
+    "a tensor for a placement": lambda m: {**m, "layers": {"0.weight": torch.ones(2, device="meta")}},
+    "a tensor for dimensions": lambda m: {**m, "layers": {"0.weight": ("2:4", torch.ones(2, device="meta"))}},
     "half a state": lambda m: {**m, "state": {"0.weight": {"lr_sum": 0.0}}},
     "state as a list": lambda m: {**m, "state": [1]},
     "memory of no kind": lambda m: with_memory(m, 3),

@@ -35,10 +35,10 @@ bench: .venv/.benchmarks
 	@$(PYTHON_IN_VENV) -m nm_sparsity.benchmarks
 
 test: .venv/.dev
-	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --hypothesis-profile=ci
 
 test-fast: .venv/.dev
-	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile -m "not slow"
+	@OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest -n 2 --dist loadfile --hypothesis-profile=ci -m "not slow"
 
 test-oldest: .venv-oldest/.test
 	@OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest tests/core tests/experiments tests/benchmarks

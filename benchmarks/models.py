@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -239,3 +240,11 @@ def layer_set(name: str) -> list[tuple[int, ...]]:
     if name == "llama-7b-ffn":
         return [(11008, 4096), (11008, 4096), (4096, 11008)]
     raise SparsityError(f'unknown layer set "{name}"; known: resnet50, bert-large, llama-7b-ffn')
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments by which a command takes one of `WORKLOADS`, a model of torchvision's, or the user's own."""
+    parser.add_argument(
+        "model", help=f"{', '.join(WORKLOADS)}, a torchvision model, or your own as package.module:function"
+    )
+    parser.add_argument("--args", default="[]", help="that function's arguments as a JSON list or object")

@@ -282,10 +282,7 @@ def for_workload(
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the plan for a model from the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "model", help=f"{', '.join(models.WORKLOADS)}, a torchvision model, or your own as package.module:function"
-    )
-    parser.add_argument("--args", default="[]", help="that function's arguments as a JSON list or object")
+    models.add_model_arguments(parser)
     parser.add_argument("--input", help="shape of an input with its batch, e.g. 32,3,224,224 (your own model needs it)")
     parser.add_argument("--vocabulary", type=int, help="the input is token ids below this")
     parser.add_argument("--exclude", nargs="+", action="extend", metavar="GLOB", help="layers that stay dense")

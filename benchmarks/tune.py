@@ -52,10 +52,7 @@ def tune(problems: Sequence[Problem], device: torch.device, cache: Cache) -> Sea
 def main(argv: Sequence[str] | None = None) -> None:
     """Fill the cache from the command line."""
     parser = make_parser(__doc__)
-    parser.add_argument(
-        "model", help=f"{', '.join(models.WORKLOADS)}, a torchvision model, or your own as package.module:function"
-    )
-    parser.add_argument("--args", default="[]", help="that function's arguments as a JSON list or object")
+    models.add_model_arguments(parser)
     parser.add_argument("--device", default="cuda", help="cuda (default)")
     parser.add_argument("--tokens", default="1024", help="rows of the products, e.g. 1,128,4096 (default 1024)")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="default bf16")

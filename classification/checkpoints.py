@@ -88,9 +88,7 @@ class Trained:
         config = self.config
         model = build(config.model, classes, parse_arguments(config.args))
         if self.metadata is None:
-            # Of dense weights, whatever the method, the largest are kept.
-            method = "ste" if config.sparsity.make_method().trains_sparse else "dense"
-            replace(config.sparsity, method=method, decay=None, hyperparameters={}).sparsify(model)
+            config.sparsity.one_shot().sparsify(model)
         restore(model, self.state)
         return model
 

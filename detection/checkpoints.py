@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,11 @@ class Trained:
         if self.is_sparse:
             if self.sparsity is None:
                 raise SparsityError(f"{self.path} is sparse, but its config has no NMSparseHook: is it of this run?")
-            config, planned = self.sparsity.config, None
-            if self.metadata is None:  # of dense weights, whatever the method, the largest are kept
-                config = replace(config, method="ste", decay=None, hyperparameters={})
+            config = self.sparsity.config
+            if self.metadata is None:
+                config.one_shot().sparsify(model)
             else:
-                planned = self.metadata.hyperparameters.get("total_steps")
-            config.sparsify(model, planned)
+                config.sparsify(model, self.metadata.hyperparameters.get("total_steps"))
         restore(model, self.state, self.metadata)
         return model
 

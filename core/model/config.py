@@ -59,6 +59,11 @@ class SparsityConfig:
             raise SparsityError("decay is given twice: as such and among the hyperparameters")
         return make_method(self.method, decay=self.decay, **self.hyperparameters)
 
+    def one_shot(self) -> SparsityConfig:
+        """The same choice of weights for dense ones that are not trained: the largest are kept, whatever the method."""
+        method = "ste" if self.make_method().trains_sparse else "dense"
+        return replace(self, method=method, decay=None, hyperparameters={})
+
     def sparsify(self, model: nn.Module, total_steps: int | None = None) -> SparsityReport:
         """`sparsify` `model` as configured, in place.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
 import signal
 import sys
 import time
 import warnings
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,8 +27,18 @@ from nm_sparsity.classification.console import Console
 from nm_sparsity.classification.data import eval_batches, load_splits, part_size, steps_per_epoch, train_batches
 from nm_sparsity.classification.evaluate import Accuracy, autocast, count
 from nm_sparsity.classification.models import build, load_pretrained
-from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, load_sparsity_state, sparsity_state
+from nm_sparsity.core import (
+    CheckpointError,
+    DecayChoice,
+    MaskTracker,
+    SparsityConfig,
+    SparsityError,
+    choose_decay,
+    load_sparsity_state,
+    sparsity_state,
+)
 from nm_sparsity.core.experiments.command_line import command_line, termination
+from nm_sparsity.core.experiments.decay import with_chosen_decay
 from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
 from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.recipes import difference
@@ -37,6 +49,7 @@ from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import DAMAGE, METADATA, find_parts
 from nm_sparsity.core.model.convert import unfinished
 from nm_sparsity.core.model.strength import planned_strength, warn_if_strength_is_weak
+from nm_sparsity.core.training.auto_decay import decay_of_strength, probe_steps
 
 SUMMARY = "summary.json"
 """Written last: a run folder that has it is complete."""
@@ -49,7 +62,22 @@ def train(config: ClassifierConfig, progress: bool = True) -> dict[str, Any]:
         SparsityError: for anything the user can fix; checkpoints written so far stay.
     """
     with held(config.folder), distributed.processes(config.device) as device:
+        config = replace(config, sparsity=_with_chosen_decay(config, device))
         return Trainer(config, device, progress).fit()
+
+
+def _with_chosen_decay(config: ClassifierConfig, device: torch.device) -> SparsityConfig:
+    def choose() -> DecayChoice:
+        trainer = Trainer(replace(config, sparsity=config.sparsity.with_decay(0.0)), device, progress=False)
+        if config.optimizer.name == "sgd":
+            return decay_of_strength(trainer.lr)
+        return choose_decay(probe, config.sparsity, probe_steps(len(trainer.lr)))
+
+    def probe(sparsity: SparsityConfig) -> None:
+        with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+            Trainer(replace(config, sparsity=sparsity, folder=Path(folder), resume=False), device, False).fit()
+
+    return with_chosen_decay(config.sparsity, config.folder, config.resume, choose, distributed.rank() == 0)
 
 
 def learning_rates(config: ClassifierConfig, steps_per_epoch: int) -> list[float]:
@@ -135,7 +163,8 @@ class Trainer:
             self.console.begin(first, self.planned)
             if self.strength is not None:
                 self.console.say(f"lambda * sum(lr) of the planned {len(self.lr)} steps: {self.strength:.3g}")
-                warn_if_strength_is_weak(self.strength)
+                if config.optimizer.name == "sgd":
+                    warn_if_strength_is_weak(self.strength)
             run.log(first, {"decay_strength_planned": self.strength, "sparse_density": self.report.sparse_density})
             try:
                 for epoch in range(first // self.steps_per_epoch, config.epochs):

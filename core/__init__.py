@@ -13,10 +13,12 @@ from nm_sparsity.core.model.report import SparsityReport
 from nm_sparsity.core.model.strength import decay_strength
 from nm_sparsity.core.pattern import NMPattern
 from nm_sparsity.core.training import hooks as hooks  # optimizer steps are treated from here on
+from nm_sparsity.core.training.auto_decay import DecayChoice, choose_decay
 from nm_sparsity.core.training.diagnostics import Flips, MaskTracker
 
 __all__ = [
     "CheckpointError",
+    "DecayChoice",
     "Flips",
     "MaskTracker",
     "Method",
@@ -30,6 +32,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "WeightState",
+    "choose_decay",
     "decay_strength",
     "finalize",
     "frozen",

@@ -198,8 +198,12 @@ def kind_of(part: Any) -> str:
     return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
-def set_sparsity(config: Any, sparsity: SparsityConfig | None) -> None:
-    """Make `config` sparse as given, or dense with ``None``; any NMSparseHook in it is replaced."""
+def set_sparsity(config: Any, sparsity: SparsityConfig | None, **measuring: Any) -> None:
+    """Make `config` sparse as given, or dense with ``None``; any NMSparseHook in it is replaced.
+
+    Args:
+        measuring: the hook's other options, interval and per_layer.
+    """
     imports = config.get("custom_imports") or {"imports": []}
     if PLUGIN not in imports["imports"]:
         imports["imports"] = [*imports["imports"], PLUGIN]
@@ -208,7 +212,7 @@ def set_sparsity(config: Any, sparsity: SparsityConfig | None) -> None:
     hooks = [hook for hook in config.get("custom_hooks") or [] if hook not in ours]
     if sparsity is not None:
         options = {key: value for key, value in vars(sparsity).items() if value not in (None, (), {})}
-        hooks.append({"type": "NMSparseHook", **options})
+        hooks.append({"type": "NMSparseHook", **options, **measuring})
     config.custom_hooks = hooks
 
 

@@ -32,6 +32,7 @@ from nm_sparsity.core.files.metadata import find_parts
 from nm_sparsity.detection import PACKAGES
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection.checkpoints import LAST, last_checkpoint, sparsity_of
+from nm_sparsity.detection.decay import set_chosen_decay
 from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, load_safely
 
 
@@ -54,6 +55,7 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     # MMEngine keeps loggers and visualizers by name; a second run in a process would share the first's.
     name = f"{out.name}_{time.time_ns()}"
     config.merge_from_dict({"work_dir": str(out), "randomness": {"seed": seed}, "resume": resume, "launcher": launcher})
+    set_chosen_decay(config, out, resume, _build)
     if resume:
         _check_same_run(config, out)
     config.merge_from_dict({"experiment_name": name, "visualizer": {"name": name}})
@@ -232,7 +234,7 @@ def train(
             it, the config's own data.
         pattern: N:M; with it or --method the config becomes sparse that way, else it trains as it is.
         method: how weights are trained; default sr-ste.
-        decay: SR-STE's lambda, a number or a schedule.
+        decay: SR-STE's lambda: a number, a schedule, or auto.
         hyperparameters: the method's other hyperparameters, by name.
         out: the run folder; default runs/CONFIG.
         seed: of initialisation and shuffling.

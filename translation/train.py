@@ -6,26 +6,34 @@ fairseq as they are, e.g. ``--max-update 500``. The same command resumes a run t
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, replace
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from nm_sparsity.core import CheckpointError, SparsityError
+from nm_sparsity.core import CheckpointError, DecayChoice, SparsityConfig, SparsityError, choose_decay
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.decay import with_chosen_decay
 from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.recipes import OPTIONS, difference
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, write_json
+from nm_sparsity.core.training.auto_decay import probe_steps
 from nm_sparsity.translation import PACKAGES, plugin
 from nm_sparsity.translation.prepare import Prepared
 from nm_sparsity.translation.recipes import RECIPES, TransformerConfig, recorded
 from nm_sparsity.translation.stock import train as fairseq_train
+
+LAST = "checkpoint_last.pt"
+"""What fairseq goes on from."""
 
 
 def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
@@ -38,14 +46,44 @@ def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
     prepared = Prepared.read(config.data)
     if config.sparsity.make_method().starts_trained and config.init_from is None:
         raise SparsityError(f"{config.sparsity.method} prunes a trained dense model: name its run with --init-from")
-    arguments = [*config.arguments(), *more]
     # Where processes are started one by one, the first one holds the folder for all.
     others = any(int(rank) > 0 for option, rank in pairwise(more) if option == "--distributed-rank" and rank.isdigit())
     with nullcontext() if others else held(config.folder):
-        _train(config, more, arguments, prepared)
+        there = (config.folder / LAST).is_file()
+        sparsity = with_chosen_decay(config.sparsity, config.folder, there, lambda: _choose_decay(config, more))
+        _train(replace(config, sparsity=sparsity), more, prepared)
 
 
-def _train(config: TransformerConfig, more: Sequence[str], arguments: Sequence[str], prepared: Prepared) -> None:
+def _choose_decay(config: TransformerConfig, more: Sequence[str]) -> DecayChoice:
+    """By short probes, whatever the optimizer: fairseq's learning rates are known only to its trainer."""
+    if any("distributed" in word for word in more) or torch.cuda.device_count() > 1:
+        raise SparsityError(
+            'decay="auto" probes in this process, and fairseq would start one for each device: let one device choose '
+            "lambda (CUDA_VISIBLE_DEVICES=0), then give it as a number"
+        )
+
+    def probe(sparsity: SparsityConfig) -> None:
+        logging.disable(logging.WARNING)
+        try:
+            with TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+                elsewhere = replace(config, sparsity=sparsity, folder=Path(folder), resume=False)
+                # It keeps its TensorBoard writers for the rest of the process.
+                _run_fairseq([*elsewhere.arguments(), *more, "--no-save", "--tensorboard-logdir", ""])
+        finally:
+            logging.disable(logging.NOTSET)
+
+    updates = [word for option, word in pairwise([*config.arguments(), *more]) if option == "--max-update"]
+    return choose_decay(probe, config.sparsity, probe_steps(int(updates[-1]) if updates else 2000))
+
+
+def _run_fairseq(arguments: Sequence[str]) -> None:
+    plugin.install()  # before fairseq reads its options, which is noisy
+    sys.argv = ["fairseq-train", *arguments]
+    fairseq_train.cli_main()
+
+
+def _train(config: TransformerConfig, more: Sequence[str], prepared: Prepared) -> None:
+    arguments = [*config.arguments(), *more]
     _check_folder(config)
     write_json(config.folder / CONFIG, {"config": config.to_dict(), OPTIONS: list(more), "corpus": asdict(prepared)})
     write_json(config.folder / ENVIRONMENT, environment(config.seed, PACKAGES))
@@ -54,11 +92,9 @@ def _train(config: TransformerConfig, more: Sequence[str], arguments: Sequence[s
     logging.basicConfig(
         format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", level="INFO", stream=sys.stdout, force=True
     )
-    plugin.install()  # before fairseq reads its options, which is noisy
-    sys.argv = ["fairseq-train", *arguments]
-    module, last = "python -m nm_sparsity.translation", config.folder / "checkpoint_last.pt"
+    module, last = "python -m nm_sparsity.translation", config.folder / LAST
     try:
-        fairseq_train.cli_main()
+        _run_fairseq(arguments)
     except KeyboardInterrupt:
         print(
             f"{module}.train {config.folder} goes on from {last}" if last.is_file() else "no checkpoint is written yet"
@@ -69,7 +105,7 @@ def _train(config: TransformerConfig, more: Sequence[str], arguments: Sequence[s
 
 def _check_folder(config: TransformerConfig) -> None:
     """fairseq resumes whatever is in the folder, and would mix two runs into one."""
-    trained = (config.folder / "checkpoint_last.pt").is_file()
+    trained = (config.folder / LAST).is_file()
     if config.resume and not trained:
         raise CheckpointError(
             f"cannot resume: {config.folder} holds no checkpoint_last.pt; leave --resume out to start"

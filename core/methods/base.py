@@ -78,8 +78,8 @@ class Method:
         """Whether anything changes over the run, so that its length must be known."""
         return self.starts_dense or bool(self.fix_at) or any(isinstance(v, Schedule) for v in vars(self).values())
 
-    def check_total_steps(self) -> None:
-        """Raise unless the length of the run is known where it is needed.
+    def check_complete(self) -> None:
+        """Raise unless all that training needs is known: the length of the run, where something changes over it.
 
         Raises:
             SparsityError: telling how to give it.

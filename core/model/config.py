@@ -11,6 +11,7 @@ from torch import nn
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import Method, make_method
+from nm_sparsity.core.methods.sr_ste import AUTO
 from nm_sparsity.core.model.convert import sparsify
 from nm_sparsity.core.model.report import SparsityReport
 from nm_sparsity.core.model.rules import Rules
@@ -30,7 +31,8 @@ class SparsityConfig:
     method: str = "sr-ste"
     """How weights are trained: dense, ste, sr-ste, s-ste, decaying, structure-decay or asp."""
     decay: float | str | None = None
-    """SR-STE's lambda, a number or a schedule: linear(0, 2e-4). None is the method's default (2e-4)."""
+    """SR-STE's lambda: a number, a schedule such as linear(0, 2e-4), or auto, which chooses it from the learning rates
+    (SGD) or by short probes (Adam). None is the method's default (2e-4)."""
     hyperparameters: Mapping[str, str | float] = field(default_factory=dict)
     """The method's other hyperparameters, and options of every method such as dense_until, by name, as values or as
     text."""
@@ -58,6 +60,16 @@ class SparsityConfig:
         if "decay" in self.hyperparameters:
             raise SparsityError("decay is given twice: as such and among the hyperparameters")
         return make_method(self.method, decay=self.decay, **self.hyperparameters)
+
+    @property
+    def decay_is_auto(self) -> bool:
+        """Whether lambda is yet to be chosen."""
+        return getattr(self.make_method(), "decay", None) == AUTO
+
+    def with_decay(self, decay: float) -> SparsityConfig:
+        """The same with another lambda."""
+        others = {name: value for name, value in self.hyperparameters.items() if name != "decay"}
+        return replace(self, decay=decay, hyperparameters=others)
 
     def one_shot(self) -> SparsityConfig:
         """The same choice of weights for dense ones that are not trained: the largest are kept, whatever the method."""

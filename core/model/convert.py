@@ -63,7 +63,7 @@ def sparsify(
     """
     model = _convertible(model)
     chosen_method = make_method(method, **hyperparameters)
-    chosen_method.check_total_steps()
+    chosen_method.check_complete()
     rules = Rules.parse(pattern, layout, include, exclude, {} if patterns is None else patterns, remainder, trust)
 
     rules.check_trust(model)

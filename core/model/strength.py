@@ -13,6 +13,9 @@ from nm_sparsity.core.model import bank
 from nm_sparsity.core.model.layers import sparse_weights
 from nm_sparsity.core.model.wrappers import unwrap
 
+STRENGTH = 6.0
+"""lambda * sum(lr) of the paper's ImageNet run, rounded."""
+
 WEAK_DECAY = 0.1
 """Below this lambda * sum(lr), dropped weights hardly decay and SR-STE trains like STE."""
 

@@ -177,6 +177,11 @@ def _plan(optimizer: Optimizer) -> _Plan:
     return plan
 
 
+def batches(optimizer: Optimizer) -> list[Batch]:
+    """The sparse weights that `optimizer` holds, this rank's rows of them, as they are treated together."""
+    return [part.batch for part in _plan(optimizer).parts]
+
+
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 

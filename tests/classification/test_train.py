@@ -448,3 +448,29 @@ def test_the_console_says_how_it_goes_and_an_interrupted_run_how_it_goes_on(
 def test_what_was_not_measured_is_not_a_number(tiny: Tiny) -> None:
     summary = train(tiny(log_every=50))
     assert (summary["flip_rate"], summary["flips_per_weight"]) == (None, None)
+
+
+def test_lambda_is_chosen_from_the_learning_rates_and_a_resume_keeps_it(tiny: Tiny) -> None:
+    config = tiny("digits_2to4", sparsity__decay="auto", epochs=2)
+    summary = train(config)
+    chosen = json.loads((config.folder / "decay.json").read_text())["decay"]
+    assert chosen * sum(learning_rates(config, 10)) == pytest.approx(6, rel=5e-3)
+    assert summary["config"]["sparsity"]["decay"] == chosen
+    assert load(config.folder / "latest.pt")[METADATA]["hyperparameters"]["decay"] == chosen
+    longer = train(replace(config, epochs=3, resume=True))  # whose learning rates add up to more
+    assert longer["config"]["sparsity"]["decay"] == chosen
+    (config.folder / "decay.json").write_text("{}")
+    with pytest.raises(SparsityError, match=r"decay\.json is damaged"):
+        train(replace(config, epochs=3, resume=True))
+
+
+def test_under_adamw_probes_choose_lambda(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny("digits_2to4", sparsity__decay="auto", optimizer__name="adamw", optimizer__lr=2e-3, epochs=2)
+    train(config)
+    choice = json.loads((config.folder / "decay.json").read_text())
+    said = capsys.readouterr().out
+    assert said.startswith(f"lambda is {choice['decay']:g}: {choice['reason']}")
+    assert said.count("epoch 1/2") == 1  # of the run; probes are silent
+    assert choice["decay"] == min(
+        map(float, choice["ratios"]), key=lambda decay: abs(choice["ratios"][f"{decay}"] - 0.775)
+    )

@@ -67,7 +67,7 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
             ({"method": 3}, "unknown method"),
             ({"method": ["ste"]}, "unknown method"),
             ({"method": nn.Linear}, "unknown method"),
-            ({"decay": "much"}, "must be float"),
+            ({"decay": "much"}, "must be a number, a schedule or"),
             ({"decay": None}, "decay"),
             ({"decay": [0.1]}, "decay"),
             ({"decay": True}, "decay"),

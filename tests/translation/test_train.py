@@ -179,3 +179,22 @@ def test_bad_starts_are_named(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SparsityError, match=r"cannot write to the folder .*file: File exists"):
         train.train(recipes.TransformerConfig(data=corpus, folder=tmp_path / "file"))
+
+
+@pytest.mark.slow
+def test_lambda_is_chosen_by_probes(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(recipes.get("tiny_number_words"), data=corpus, folder=tmp_path / "run")
+    config = replace(config, sparsity=SparsityConfig(decay="auto"))
+    train.train(config, [*SMALL, "--max-update", "8"])
+    choice = json.loads((config.folder / "decay.json").read_text())
+    assert choice["ratios"]
+    said = capsys.readouterr().out
+    assert said.startswith(f"lambda is {choice['decay']:g}: {choice['reason']}")
+    assert said.count("fairseq-train ") == 1  # probes are silent
+    there = load(config.folder / "checkpoint_last.pt")["extra_state"]["nm_sparsity"]
+    assert there["hyperparameters"]["decay"] == choice["decay"]
+    assert there["hyperparameters"].get("total_steps") is None
+    train.train(config, [*SMALL, "--max-update", "10"])  # goes on with the lambda that was chosen
+    assert updates(config.folder / "checkpoint_last.pt") == 10
+    with pytest.raises(SparsityError, match="let one device choose"):
+        train.train(replace(config, folder=tmp_path / "other"), [*SMALL, "--distributed-world-size", "2"])

@@ -62,12 +62,11 @@ class Console:
 
     def stopped(self, how: str, step: int, saved: int | None) -> None:
         """Say how a run that stops after `step` goes on from its checkpoint after step `saved`, if it has one."""
-        self.say(f"{how} after {self._place(step)}")
-        if saved is None:
-            self.say("nothing is saved yet: a checkpoint is written after every epoch, and --checkpoint-every STEPS")
-        else:
+        left = "nothing is saved yet"
+        if saved is not None:
             command = f"python -m nm_sparsity.classification.train {self._config.folder} --resume"
-            self.say(f"after step {saved} it goes on with\n  {command}")
+            left = f"after step {saved} it goes on with {command}"
+        self.say(f"{how} after {self._place(step)}; {left}")
 
     def wrote(self, names: Sequence[str], best: float) -> None:
         """Say what lies in the run folder at the end, and what to do with it."""

@@ -7,6 +7,7 @@ interrupted: the order of an epoch and the augmentation of each part of a batch 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,11 +158,17 @@ def _load(images: Images, parts: Sequence[Part], config: ClassifierConfig) -> It
         generator=torch.Generator(),  # its own, so that making a loader leaves the global one alone
         num_workers=min(config.data.workers, len(parts), len(os.sched_getaffinity(0))),
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        worker_init_fn=_leave_interrupts,
     )
     for batch in loader:
         if isinstance(batch, SparsityError):
             raise batch
         yield batch[0], batch[1]
+
+
+def _leave_interrupts(_: int) -> None:
+    """Ctrl-C goes to all processes of a terminal; the one that trains decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _seed(*position: int) -> int:

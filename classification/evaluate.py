@@ -20,6 +20,8 @@ from nm_sparsity.classification.checkpoints import Trained
 from nm_sparsity.classification.data import eval_batches, load_splits
 from nm_sparsity.core import frozen
 from nm_sparsity.core.experiments.command_line import command_line, present_names
+from nm_sparsity.core.experiments.folders import results_folder
+from nm_sparsity.core.experiments.run import EVALUATION, write_json
 from nm_sparsity.core.table import format_table
 
 MOST_CLASSES = 20
@@ -121,6 +123,8 @@ class Arguments:
     """cpu, cuda, or auto."""
     json: bool = False
     """Print JSON, with every class and the whole confusion matrix."""
+    out: Path | None = None
+    """A folder for that JSON, evaluation.json; without it, nothing is written."""
 
 
 @dataclass(frozen=True)
@@ -193,17 +197,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure the checkpoint that `arguments`, by default the command line's, name; print what was found."""
     given = present_names(sys.argv[1:] if arguments is None else arguments, {"--data.root": "--data"})
     parsed = tyro.cli(Arguments, args=given, prog="python -m nm_sparsity.classification.evaluate")
+    folder = results_folder(None, parsed.out, (EVALUATION,))
     with distributed.processes(parsed.device) as device:
         found = evaluate_checkpoint(parsed, device)
         if distributed.rank() > 0:
             return
-        if not parsed.json:
-            print(found)
-            return
-        keys = ("images", "top1", "mistaken_for")
-        classes = {name: dict(zip(keys, row, strict=True)) for name, *row in found.classes()}
-        what = {"checkpoint": str(parsed.path), "split": parsed.split, **asdict(found.accuracy)}
-        print(json.dumps({**what, "classes": classes, "confusion": found.confusion.tolist()}))
+    keys = ("images", "top1", "mistaken_for")
+    classes = {name: dict(zip(keys, row, strict=True)) for name, *row in found.classes()}
+    what = {"checkpoint": str(parsed.path), "split": parsed.split, **asdict(found.accuracy)}
+    result = {**what, "classes": classes, "confusion": found.confusion.tolist()}
+    print(json.dumps(result) if parsed.json else found)
+    if folder is not None:
+        write_json(folder / EVALUATION, result)
 
 
 if __name__ == "__main__":

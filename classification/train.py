@@ -37,7 +37,7 @@ from nm_sparsity.core import (
     load_sparsity_state,
     sparsity_state,
 )
-from nm_sparsity.core.experiments.command_line import command_line, termination
+from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line, stopping
 from nm_sparsity.core.experiments.decay import with_chosen_decay
 from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
 from nm_sparsity.core.experiments.folders import held
@@ -155,7 +155,7 @@ class Trainer:
         config, first = self.config, self.position.step
         folder = config.folder if distributed.rank() == 0 else None
         with (
-            termination() as self.terminated,
+            stopping() as self.stopping,
             Run(folder, config.to_dict(), config.seed, config.resume, PACKAGES) as run,
             self.console.bar(first) as bar,
         ):
@@ -171,8 +171,8 @@ class Trainer:
                     self._epoch(epoch, run, bar)
                 return self._finish(run)
             except KeyboardInterrupt:
-                self.console.stopped("interrupted", self.position.step, self.saved)
-                raise
+                self.console.stopped(STOPS[signal.SIGINT], self.position.step, self.saved)
+                raise Stopped from None
 
     def _epoch(self, epoch: int, run: Run, bar: Any) -> None:
         config, here = self.config, self.position
@@ -197,11 +197,13 @@ class Trainer:
                 run.log(here.step, {**values, "images_per_s": speed})
                 self.console.progress(bar, here.step, mean, speed)
                 loss, since, steps = torch.zeros_like(loss), time.perf_counter(), 0
-            if self._terminated(due):
+            if number := self._stopped(due):
                 self._finite(loss)
                 self._save(LATEST)
-                self.console.stopped("stopped by SIGTERM", here.step, self.saved)
-                raise SystemExit(128 + signal.SIGTERM)
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                self.console.stopped(STOPS[number], here.step, self.saved)
+                raise SystemExit(128 + number)
             if config.checkpoint_every and here.step % config.checkpoint_every == 0:
                 self._finite(loss)
                 self._save(LATEST)
@@ -322,11 +324,15 @@ class Trainer:
         self.console.wrote((FINALIZED, SUMMARY, BEST, LATEST), self.position.best)
         return summary
 
-    def _terminated(self, waiting: bool) -> bool:
-        """Whether SIGTERM came. Several processes ask each other where they are `waiting` for each other anyway."""
-        if distributed.world() == 1:
-            return self.terminated()
-        return waiting and bool(distributed.total(torch.tensor(float(self.terminated()), device=self.device)))
+    def _stopped(self, waiting: bool) -> signal.Signals | None:
+        """The signal that came, if one did. Several processes ask each other where they are `waiting` for each other
+        anyway."""
+        number = self.stopping()
+        if distributed.world() > 1:
+            if not waiting or not distributed.total(torch.tensor(float(number), device=self.device)):
+                return None
+            number = number or signal.SIGTERM
+        return signal.Signals(number) if number else None
 
     def _initial_model(self) -> nn.Module:
         config = self.config

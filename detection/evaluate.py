@@ -1,7 +1,8 @@
 """Score a trained detector as COCO does, in percent: ``python -m nm_sparsity.detection.evaluate RUN``.
 
 Writes ``evaluation.json`` and ``predictions.png`` into the run folder and, for a sparse model, ``finalized.pt``: the
-verified N:M model as any MMDetection loads it, which must score the same.
+verified N:M model as any MMDetection loads it, which must score the same. What is no run as it stands (a file, another
+checkpoint of a run) is scored alike and written where ``--out`` says, or only printed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -28,8 +30,8 @@ from tqdm import tqdm
 from nm_sparsity.core import frozen
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.finalize import finalize_and_check, save_finalized
-from nm_sparsity.core.experiments.folders import make_folder
-from nm_sparsity.core.experiments.run import FINALIZED, environment, write_json
+from nm_sparsity.core.experiments.folders import results_folder, what_was_written
+from nm_sparsity.core.experiments.run import EVALUATION, FINALIZED, environment, write_json
 from nm_sparsity.core.table import format_table
 from nm_sparsity.detection import PACKAGES
 from nm_sparsity.detection.checkpoints import Trained
@@ -43,8 +45,8 @@ NUMBERS = (
 
 SHOWN_SCORE = 0.5
 
-EVALUATION, PREDICTIONS = "evaluation.json", "predictions.png"
-"""What an evaluation writes beside `FINALIZED`."""
+PREDICTIONS = "predictions.png"
+"""What an evaluation writes beside `EVALUATION` and `FINALIZED`."""
 
 Detections = list[dict[str, Any]]
 """COCO results: image_id, category_id, bbox (x, y, width, height), score and, from mask heads, segmentation."""
@@ -119,21 +121,20 @@ def evaluate(
         path: a run folder, a checkpoint, a finalized file, or a state dict.
         checkpoint: another file than the last checkpoint of the run folder `path`.
         pictures: how many images to draw.
-        out: the folder to write into; by default the run's.
+        out: the folder to write into; by default the run's own for `path` alone, else none, see `results_folder`.
         config: see `Trained.open`.
 
     Raises:
         SparsityError: for a folder that is no run, a pattern that does not hold, or a finalized model that scores
             differently.
     """
-    run = path if path.is_dir() else path.parent
-    trained = Trained.open(checkpoint or path, config or (str(run) if checkpoint else None))
+    trained = Trained.open(checkpoint or path, config or (str(path) if checkpoint else None))
+    folder = results_folder(_run(path, checkpoint, config), out, (EVALUATION, PREDICTIONS, FINALIZED))
     from mmdet.apis import init_detector
     from mmengine.device import get_device
     from mmengine.registry import init_default_scope
     from mmengine.runner import Runner
 
-    out = make_folder(out or run)
     init_default_scope(trained.config.get("default_scope", "mmdet"))
     with redirect_stdout(io.StringIO()):
         loader = Runner.build_dataloader(trained.config.test_dataloader, seed=0)
@@ -150,11 +151,10 @@ def evaluate(
 
     def reload(end: nn.Module) -> nn.Module:
         meta = trained.payload.get("meta") or {"dataset_meta": dataset.metainfo}
-        save_finalized(end, out / FINALIZED, meta=meta)
-        with redirect_stdout(io.StringIO()):
-            stock: nn.Module = init_detector(
-                copy.deepcopy(trained.config), str(out / FINALIZED), device=str(get_device())
-            )
+        with tempfile.TemporaryDirectory() as somewhere, redirect_stdout(io.StringIO()):
+            file = (folder or Path(somewhere)) / FINALIZED
+            save_finalized(end, file, meta=meta)
+            stock: nn.Module = init_detector(copy.deepcopy(trained.config), str(file), device=str(get_device()))
         return stock
 
     result: dict[str, Any] = {"checkpoint": str(trained.path), "images": len(dataset)}
@@ -164,16 +164,23 @@ def evaluate(
         result |= {**done.score, "verified": f"{weights} weights are N:M; the finalized model scores the same"}
     else:
         result |= scores(model)
-        if trained.path != out / FINALIZED:
-            (out / FINALIZED).unlink(missing_ok=True)  # of another model than the numbers beside it
+        if folder is not None and trained.path != folder / FINALIZED:
+            (folder / FINALIZED).unlink(missing_ok=True)  # of another model than the numbers beside it
     result["detections"] = len(detections)
     result["environment"] = environment(trained.config.get("randomness", {}).get("seed"), PACKAGES)
-    write_json(out / EVALUATION, result)
+    if folder is None:
+        return result
+    write_json(folder / EVALUATION, result)
     shown = [dataset.get_data_info(index) for index in range(min(pictures, len(dataset)))]
     if shown:
         files = {info["img_id"]: Path(info["img_path"]) for info in shown}
-        compare(files, truth, detections).save(out / PREDICTIONS)
+        compare(files, truth, detections).save(folder / PREDICTIONS)
     return result
+
+
+def _run(path: Path, checkpoint: Path | None, config: str | None) -> Path | None:
+    """The run folder that is evaluated as it stands, if one is."""
+    return path if path.is_dir() and checkpoint is None and config is None else None
 
 
 def compare(images: Mapping[int, Path], truth: COCO, detections: Detections) -> Image.Image:
@@ -213,15 +220,15 @@ def main_evaluate(
             file (with --config).
         checkpoint: another file than the last one in that run folder.
         pictures: images to draw into predictions.png; 0 for none.
-        out: the folder to write into; the run's by default.
+        out: the folder to write into; by default that of a run which is named alone, else nothing is written.
         config: what a file outside of a run folder belongs to: a packaged config, a config file or a run folder.
     """
     result = evaluate(path, checkpoint, pictures, out, config)
-    folder = out or (path if path.is_dir() else path.parent)
     print(table(result))
     print(result.get("verified", "dense model: no pattern to verify"))
     names = [EVALUATION, *([PREDICTIONS] if pictures else []), *([FINALIZED] if "verified" in result else [])]
-    print(f"{result['images']} images, {result['checkpoint']}; wrote {', '.join(names)} into {folder}")
+    folder = out or _run(path, checkpoint, config)
+    print(f"{result['images']} images, {result['checkpoint']}; {what_was_written(names, folder)}")
 
 
 @command_line

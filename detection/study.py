@@ -17,6 +17,7 @@ import tyro
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
+from nm_sparsity.core.experiments.run import EVALUATION
 from nm_sparsity.core.experiments.study import Column, Plot, Result, Run, Study
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import prepare
@@ -62,7 +63,7 @@ class DetectionStudy(Study):
     """Epochs of each run; ASP goes on for as many after its dense run."""
 
     unit = "epochs"
-    result = "evaluation.json"
+    result = EVALUATION
     checkpoint = "last_checkpoint"
     progress = r"Saving checkpoint at (\d+) epochs"
     columns = tuple(_column(kind, number) for kind in ("box", "mask") for number in ("AP", "AP50", "AP75"))

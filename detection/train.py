@@ -24,7 +24,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
-from nm_sparsity.core.experiments.command_line import command_line, termination
+from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line, stopping
 from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.recipes import changes
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, as_json, environment, write_json
@@ -70,13 +70,13 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
         write_json(out / CONFIG, config.to_dict())
         write_json(out / ENVIRONMENT, environment(seed, PACKAGES))
         _say_begin(runner, out, done if resume else None)
-    with termination() if launcher == "none" else nullcontext(lambda: False) as asked:
+    with stopping() if launcher == "none" else nullcontext(lambda: 0) as asked:
         runner.register_hook(_Stop(asked, out), priority="LOWEST")
         try:
             runner.train()
         except KeyboardInterrupt:
-            _say_stopped("interrupted", runner, out)
-            raise
+            _say_stopped(signal.SIGINT, runner, out)
+            raise Stopped from None
         except Exception as error:
             if match := re.search(r"failed to load image: \S+", str(error)):
                 raise SparsityError(match[0]) from error
@@ -87,15 +87,17 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
 
 
 class _Stop(Hook):  # type: ignore[misc]
-    """Ends training after the iteration in which SIGTERM came: never while a checkpoint is being written."""
+    """Ends training after the iteration in which SIGTERM or Ctrl-C came: never while a checkpoint is being written."""
 
-    def __init__(self, asked: Callable[[], bool], out: Path) -> None:
+    def __init__(self, asked: Callable[[], int], out: Path) -> None:
         self._asked, self._out = asked, out
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if self._asked():
-            _say_stopped("stopped by SIGTERM", runner, self._out)
-            raise SystemExit(128 + signal.SIGTERM)
+        if (number := self._asked()) == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number:
+            _say_stopped(number, runner, self._out)
+            raise SystemExit(128 + number)
 
 
 def _say_begin(runner: Any, out: Path, done: int | None) -> None:
@@ -107,14 +109,15 @@ def _say_begin(runner: Any, out: Path, done: int | None) -> None:
         print(f"resuming from {last_checkpoint(out)}, written after {done} epochs", flush=True)
 
 
-def _say_stopped(how: str, runner: Any, out: Path) -> None:
+def _say_stopped(number: int, runner: Any, out: Path) -> None:
+    """MMEngine resumes at the begin of an epoch only: what came after its checkpoint is trained again."""
     if not is_main_process():
         return
-    print(f"{how} in epoch {runner.epoch + 1} (iteration {runner.iter})", flush=True)
+    left = "nothing is saved yet: the first checkpoint is written after an epoch"
     if (out / LAST).is_file():
-        print(f"the same command with --resume goes on from {last_checkpoint(out)}", flush=True)
-    else:
-        print("nothing is saved yet: the first checkpoint is written after an epoch", flush=True)
+        left = f"the same command with --resume goes on from {last_checkpoint(out)}"
+    how = STOPS[signal.Signals(number)]
+    print(f"{how} in epoch {runner.epoch + 1} (iteration {runner.iter}); {left}", flush=True)
 
 
 def _check_folder(out: Path, resume: bool) -> None:

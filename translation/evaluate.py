@@ -3,6 +3,8 @@
 Translation: detokenized BLEU and chrF by sacreBLEU with their signatures, BLEU by sentence length, sample translations.
 Language model: perplexity. Of a sparse run the pattern is verified, and the finalized dense model with zeros, in
 ``RUN/finalized.pt`` for any fairseq, must give the very same output. Everything also goes to ``RUN/evaluation.json``.
+What is no run as it stands (a file, other data, another subset or decoding) is scored alike and written where ``--out``
+says, or only printed.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from torch import nn
 from nm_sparsity.core import SparsityError, frozen, verify
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.finalize import Score, finalize_and_check
-from nm_sparsity.core.experiments.run import FINALIZED, write_json
+from nm_sparsity.core.experiments.folders import results_folder, what_was_written
+from nm_sparsity.core.experiments.run import EVALUATION, FINALIZED, write_json
 from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.table import format_table
@@ -36,7 +39,6 @@ from nm_sparsity.translation.runs import batches, data_of, generate, load_run
 from nm_sparsity.translation.stock import eval_lm
 from nm_sparsity.translation.trainer import read
 
-EVALUATION = "evaluation.json"
 LENGTHS = (5, 10, 20, 30, 40)
 """Upper ends, in source words, of the bins of BLEU by length."""
 
@@ -59,6 +61,8 @@ class Options:
     """Translations to show."""
     pattern: Annotated[str | None, tyro.conf.arg(metavar="N:M")] = None
     """What the weights are expected to be; default: what the run was trained with."""
+    out: Path | None = None
+    """The folder to write into; by default that of a run which is scored as it stands, else nothing is written."""
 
     def __post_init__(self) -> None:
         if self.subset not in ("valid", "test"):
@@ -67,6 +71,12 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise SparsityError(f"{name} must be at least {least}, found {value}")
+
+    @property
+    def as_it_stands(self) -> Path | None:
+        """The run folder, if it is scored on its own test set and with its own decoding."""
+        asked = self.data, self.beam, self.lenpen
+        return self.run if self.run.is_dir() and asked == (None, None, None) and self.subset == "test" else None
 
 
 @dataclass
@@ -149,7 +159,7 @@ def perplexity(model: nn.Module, task: Any, subset: str, text: list[str]) -> Per
 
 
 def evaluate(options: Options) -> Translated | Perplexity:
-    """Score, verify and finalize; a run folder gets ``evaluation.json`` and, if sparse, ``finalized.pt``.
+    """Score, verify and finalize; write ``evaluation.json`` and, if sparse, ``finalized.pt``, see `results_folder`.
 
     Raises:
         SparsityError: if the data or the checkpoint does not fit, or test sentences are in the training text.
@@ -163,6 +173,7 @@ def evaluate(options: Options) -> Translated | Perplexity:
         verify(payload, options.pattern)
     folder = data_of(payload, checkpoint, options.data)
     prepared = Prepared.read(folder)
+    out = results_folder(options.as_it_stands, options.out, (EVALUATION, FINALIZED))
     model, task = load_run(checkpoint, folder, payload)
     check_separate(folder, prepared.languages)
     decoding = _decoding(options, checkpoint.parent) if len(prepared.languages) == 2 else {}
@@ -184,19 +195,19 @@ def evaluate(options: Options) -> Translated | Perplexity:
         return {"translations": hypotheses, **asdict(scored)}
 
     def reload(end: nn.Module) -> nn.Module:
-        if not options.run.is_dir():
+        if out is None:
             return end
-        average((checkpoint,), options.run / FINALIZED)
-        exported: nn.Module = load_run(options.run / FINALIZED, folder)[0]
+        average((checkpoint,), out / FINALIZED)
+        exported: nn.Module = load_run(out / FINALIZED, folder)[0]
         return exported
 
     trainable = any(True for _ in sparse_layers(model))  # unlike an exported one, which is dense with zeros already
     found = dict(finalize_and_check(model, scores, reload=reload).score if trainable else scores(model))
     found.pop("translations", None)
     result = Translated(**found) if decoding else Perplexity(**found)
-    if options.run.is_dir():
-        how = {"subset": options.subset, **decoding, "verified": sparse}
-        write_json(options.run / EVALUATION, {**asdict(result), **how})
+    if out is not None:
+        how = {"checkpoint": str(checkpoint), "subset": options.subset, **decoding, "verified": sparse}
+        write_json(out / EVALUATION, {**asdict(result), **how})
     return result
 
 
@@ -237,7 +248,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("fairseq", "fairseq_cli"):
         logging.getLogger(name).setLevel(logging.WARNING)
     result = evaluate(options)
-    print(show(result))
+    print(show(result), what_was_written((EVALUATION,), options.out or options.as_it_stands), sep="\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, frozen
+from nm_sparsity.core.experiments.command_line import STOPS
 from nm_sparsity.core.model.strength import decay_strength
 from nm_sparsity.translation import trainer
 from nm_sparsity.translation.options import add_options, sparsity_config
@@ -76,8 +77,10 @@ class SparseTask:
     """What both tasks add to fairseq's own; a mixin that stands in front of them."""
 
     nm_stop = False
-    """Set on every rank at once after one of them got SIGTERM: the update is finished, saved, and training ends."""
-    _nm_terminated = False
+    """Set on every rank at once after one of them got a signal of `STOPS`: the update is finished, saved, and training
+    ends."""
+    _nm_signal = 0
+    """Which one, if it came to this rank."""
 
     @property
     def nm_config(self) -> Any:
@@ -110,22 +113,24 @@ class SparseTask:
         return model
 
     def begin_epoch(self, epoch: int, model: torch.nn.Module) -> None:
-        """From here on SIGTERM ends training with a checkpoint; a second one ends it at once."""
+        """From here on SIGTERM and Ctrl-C end training with a checkpoint; a second one ends it at once."""
         super().begin_epoch(epoch, model)  # type: ignore[misc]
         for name in FIGURES:
             if (meter := metrics.get_meter("train", name)) is not None:
                 meter.val = math.nan  # until it is measured; fairseq's None is no number for its log and TensorBoard
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._terminate)
+        if threading.current_thread() is threading.main_thread() and not self._nm_signal:
+            for number in STOPS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+                    signal.signal(number, self._note)
 
-    def _terminate(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._nm_terminated = True
+    def _note(self, number: int, _: object) -> None:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self._nm_signal = number
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
-        """fairseq's, with word of SIGTERM among the figures that it sums over the ranks anyway."""
+        """fairseq's, with word of a signal among the figures that it sums over the ranks anyway."""
         loss, sample_size, logging_output = super().train_step(*args, **kwargs)  # type: ignore[misc]
-        return loss, sample_size, {**logging_output, "nm_stop": float(self._nm_terminated)}
+        return loss, sample_size, {**logging_output, "nm_stop": float(self._nm_signal)}
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """fairseq's; every rank sees the same sum here, so all stop after the same update."""
@@ -133,10 +138,11 @@ class SparseTask:
         self.nm_stop |= sum(float(output.get("nm_stop", 0)) for output in logging_outputs) > 0
 
     def post_save(self, path: str, num_updates: int) -> None:
-        """After a checkpoint and its copies are written: leave with status 143, if SIGTERM asked for it."""
+        """After a checkpoint and its copies are written: leave with status 143 or 130, if a signal asked for it."""
         if self.nm_stop:
-            logger.info("stopped by SIGTERM at update %d; the same command resumes from %s", num_updates, path)
-            raise SystemExit(128 + signal.SIGTERM)
+            number = signal.Signals(self._nm_signal or signal.SIGTERM)
+            logger.info("%s at update %d; the same command resumes from %s", STOPS[number], num_updates, path)
+            raise SystemExit(128 + number)
 
     def optimizer_step(self, optimizer: Any, model: torch.nn.Module, update_num: int) -> None:
         """fairseq's; every ``--log-interval`` updates with this update's SAD and flip rate, and lambda * sum(lr)."""

@@ -18,9 +18,9 @@ from nm_sparsity.core import SparsityError, make_method
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
+from nm_sparsity.core.experiments.run import EVALUATION
 from nm_sparsity.core.experiments.study import Column, Plot, Result, Run, Study
 from nm_sparsity.translation import recipes
-from nm_sparsity.translation.evaluate import EVALUATION
 from nm_sparsity.translation.prepare import prepare_corpus
 
 

@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
@@ -21,7 +22,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from nm_sparsity.core import CheckpointError, DecayChoice, SparsityConfig, SparsityError, choose_decay
-from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line
 from nm_sparsity.core.experiments.decay import with_chosen_decay
 from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.recipes import OPTIONS, difference
@@ -41,7 +42,7 @@ def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
 
     Raises:
         SparsityError: if the data is not prepared, what ASP starts from is missing, or the folder holds another run.
-        SystemExit: with status 143 after SIGTERM, once the checkpoint is written.
+        SystemExit: with status 143 after SIGTERM and 130 after Ctrl-C, once the checkpoint is written.
     """
     prepared = Prepared.read(config.data)
     if config.sparsity.make_method().starts_trained and config.init_from is None:
@@ -95,11 +96,10 @@ def _train(config: TransformerConfig, more: Sequence[str], prepared: Prepared) -
     module, last = "python -m nm_sparsity.translation", config.folder / LAST
     try:
         _run_fairseq(arguments)
-    except KeyboardInterrupt:
-        print(
-            f"{module}.train {config.folder} goes on from {last}" if last.is_file() else "no checkpoint is written yet"
-        )
-        raise
+    except KeyboardInterrupt:  # before the first update, or the second one
+        left = f"{module}.train {config.folder} goes on from {last}" if last.is_file() else "nothing is saved yet"
+        print(f"{STOPS[signal.SIGINT]}; {left}", flush=True)
+        raise Stopped from None
     print(f"score it: {module}.evaluate {config.folder}\ntry it: {module}.predict {config.folder} 'A sentence.'")
 
 

@@ -149,7 +149,7 @@ def _method(metadata: Metadata) -> str:
 
 
 def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """`Trainer.train_step`: after SIGTERM this update is the last one; fairseq then saves and leaves."""
+    """`Trainer.train_step`: after SIGTERM or Ctrl-C this update is the last one; fairseq then saves and leaves."""
     result = _stock_step(self, *args, **kwargs)
     if getattr(self.task, "nm_stop", False):
         self.cfg.optimization.max_update = self.get_num_updates()

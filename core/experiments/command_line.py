@@ -7,21 +7,30 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 
 from nm_sparsity.core.errors import SparsityError
 
+STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "stopped by SIGTERM"}
+"""The signals that end a run once it is saved, and what is said of that; Ctrl-C is the first one."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C, once its user was told what it left: a command says no more of it."""
+
 
 def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate a ``main``: what its user can mend becomes ``error: ...`` on stderr and exit status 1.
 
-    That is a `SparsityError`, and what the system says of files and folders. The wrapped function returns the exit
-    status; ``main`` may return ``None`` for 0.
+    That is a `SparsityError`, and what the system says of files and folders. A warning is a line too, said once. The
+    wrapped function returns the exit status; ``main`` may return ``None`` for 0.
     """
 
     @wraps(main)
+    @_warnings_as_lines()
     def run(*args: object, **kwargs: object) -> int:
         try:
             status = main(*args, **kwargs) or 0
@@ -37,11 +46,33 @@ def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
             what = error if error.filename is None else f"{str(error.filename)[:200]}: {error.strerror}"
             print(f"error: {what}", file=sys.stderr)
             return 1
+        except Stopped:
+            return 128 + signal.SIGINT
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
+            print(STOPS[signal.SIGINT], file=sys.stderr)
+            return 128 + signal.SIGINT
 
     return run
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """A block in which a warning that is shown is a line without the place in the code, and is shown once."""
+    said = set()
+
+    def as_line(message: Warning | str, *_: object) -> str:
+        text = " ".join(str(message).split())
+        if text in said:
+            return ""
+        said.add(text)
+        return f"warning: {text}\n"
+
+    before = warnings.formatwarning
+    warnings.formatwarning = as_line  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -55,27 +86,32 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """A block in which SIGTERM does nothing but make what it yields return True; a second one ends the process at once.
+def stopping() -> Iterator[Callable[[], int]]:
+    """A block in which a signal of `STOPS` does nothing but make what it yields return its number instead of 0.
 
-    So what cannot be left undone is finished and saved first. Outside the main thread, where Python handles no signal,
-    it changes nothing.
+    So what cannot be left undone is finished and saved first. A second one acts at once, as it did outside. One that
+    the process ignores, as in the background of a shell, stays ignored. Outside the main thread, where Python handles
+    no signal, it changes nothing.
     """
-    asked = False
+    asked = 0
 
-    def note(*_: object) -> None:
+    def note(number: int, _: object) -> None:
         nonlocal asked
-        asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        asked = number
+        signal.signal(number, before[number])
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    before = signal.signal(signal.SIGTERM, note)
+    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPS}
+    before = {int(number): handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, note)
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def say_renamed(old: str, new: str) -> None:

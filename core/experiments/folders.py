@@ -132,6 +132,27 @@ def appearing(out: Path) -> Iterator[Path]:
         raise SparsityError(f"cannot write {out}: {error.strerror or error}") from error
 
 
+def results_folder(run: Path | None, out: Path | None, names: Sequence[str]) -> Path | None:
+    """Where an evaluation writes the files `names`; ``None``: nowhere, it only prints.
+
+    It renews those of a `run` that is evaluated as it stands. Of anything else (a file, another checkpoint or other
+    settings: then `run` is ``None``) it writes where `out` says, over nothing.
+
+    Raises:
+        SparsityError: if `out` holds one of them already, or the folder cannot be written.
+    """
+    if out is None:
+        return None if run is None else make_folder(run)
+    if there := [name for name in names if (out / name).exists()]:
+        raise SparsityError(f"{out} holds {', '.join(there)} already: choose another --out")
+    return make_folder(out)
+
+
+def what_was_written(names: Sequence[str], folder: Path | None) -> str:
+    """What an evaluation says of its files `names` in the folder that `results_folder` gave."""
+    return "nothing is written (--out FOLDER)" if folder is None else f"wrote {', '.join(names)} into {folder}"
+
+
 def find_checkpoint(path: Path, names: Sequence[str]) -> Path:
     """`path` itself if it is a file, or in a run folder the first that is there of `names`.
 

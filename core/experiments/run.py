@@ -25,6 +25,9 @@ CONFIG, ENVIRONMENT, METRICS = "config.json", "environment.json", "metrics.jsonl
 FINALIZED = "finalized.pt"
 """The end product in a run folder: dense names, zeros where weights were dropped, loadable without this package."""
 
+EVALUATION = "evaluation.json"
+"""What an evaluation found, in the folder that it writes into."""
+
 
 def environment(seed: int | None = None, packages: Iterable[str] = ()) -> dict[str, Any]:
     """The provenance of a result: commit, versions, hardware, threads, seed, command, time.

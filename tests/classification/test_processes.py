@@ -129,7 +129,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, environment: dict[s
     step = load(run / "latest.pt")["training"]["position"]["step"]
     assert 13 <= step < 30
     assert f"stopped by SIGTERM after step {step} of 30" in out
-    command = out.splitlines()[-1].split()
+    command = out.splitlines()[-1].partition("goes on with ")[2].split()
     assert command == ["python", "-m", TRAIN, str(run), "--resume"]
     subprocess.run([sys.executable, *command[1:]], env=environment, check=True, capture_output=True)
     subprocess.run(

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -437,12 +438,38 @@ def test_the_console_says_how_it_goes_and_an_interrupted_run_how_it_goes_on(
     pattern = r"step (\d+)/20: loss .*, lr .*, .* images/s, .* left"
     steps = [int(found[1]) for line in lines if (found := re.fullmatch(pattern, line))]
     assert steps == [4, 8, 12]
-    at = lines.index("interrupted after step 13 of 20 (epoch 1.3 of 2)")
-    assert lines[at + 1] == "after step 10 it goes on with"
-    module, *arguments = lines[at + 2].split()[2:]
+    line = lines[-1].removeprefix("interrupted after step 13 of 20 (epoch 1.3 of 2); after step 10 it goes on with ")
+    module, *arguments = line.split()[2:]
     assert module == "nm_sparsity.classification.train"
     assert train_module.main(arguments) == 0
     assert len(losses(config)) == 5
+
+
+@pytest.mark.parametrize(("times", "saved"), [(1, 14), (2, 10)], ids=["once saves", "twice ends at once"])
+def test_ctrl_c_is_one_line(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], times: int, saved: int
+) -> None:
+    step, steps = Trainer._step, iter(range(1, 99))
+
+    def pressed(self: Trainer, parts: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:
+        if next(steps) == 14:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+        return step(self, parts, lr)
+
+    monkeypatch.setattr(Trainer, "_step", pressed)
+    monkeypatch.setattr(train_module.RECIPES, "from_command_line", lambda *_: (tiny(epochs=2), []))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert train_module.main([]) == 128 + signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert load(tiny().folder / "latest.pt")["training"]["position"]["step"] == saved
+    shown = capfd.readouterr()
+    assert shown.out.count("interrupted") == 1
+    assert f"; after step {saved} it goes on with python" in shown.out.splitlines()[-1]
+    assert "interrupted" not in shown.err
 
 
 def test_what_was_not_measured_is_not_a_number(tiny: Tiny) -> None:

@@ -108,6 +108,25 @@ def test_evaluate_finalizes_verifies_and_draws(
     assert not (tmp_path / "finalized.pt").exists()
 
 
+def test_the_evaluation_of_a_file_goes_where_it_is_told_and_over_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    monkeypatch.setattr(evaluate, "predict", lambda model, loader: [])
+    before = set(run.iterdir())
+    for given in (["epoch_1.pth"], ["epoch_1.pth", f"--config={run}"]):
+        assert evaluate.main([str(run / given[0]), *given[1:]]) == 0
+        assert "nothing is written (--out FOLDER)" in capsys.readouterr().out
+    assert set(run.iterdir()) == before
+    arguments = [str(run / "epoch_1.pth"), f"--out={tmp_path / 'out'}", "--pictures=0"]
+    assert evaluate.main(arguments) == 0
+    kept = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert {path.name for path in kept} == {"evaluation.json", "finalized.pt"}
+    assert evaluate.main(arguments) == 1
+    assert f"{tmp_path}/out holds evaluation.json, finalized.pt already: choose another" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == kept
+
+
 @pytest.mark.slow
 def test_a_run_without_the_hook_is_evaluated(
     make_config: Callable[..., Any],
@@ -124,9 +143,9 @@ def test_a_run_without_the_hook_is_evaluated(
     assert "dense model: no pattern to verify" in capsys.readouterr().out
     assert not (tmp_path / "run" / "finalized.pt").exists()
     # Its checkpoint is scored as it stands, wherever it lies.
-    elsewhere = evaluate.evaluate(
-        shutil.copytree(trained, tmp_path / "sparse"), tmp_path / "run" / "epoch_1.pth", pictures=0
-    )
+    sparse = shutil.copytree(trained, tmp_path / "sparse")
+    elsewhere = evaluate.evaluate(sparse, tmp_path / "run" / "epoch_1.pth", pictures=0)
+    assert not (sparse / "evaluation.json").exists()
     dense = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert "verified" not in elsewhere
     assert all(elsewhere[key] == dense[key] for key in ("detections", "box", "mask"))
@@ -223,8 +242,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(data: Path, tmp_path: Path) -> 
         rest = process.stdout.read()
     assert str(tmp_path / "run") in head
     assert process.returncode == 143
-    assert re.search(r"stopped by SIGTERM in epoch \d+ \(iteration \d+\)", rest)
-    assert re.search(r"the same command with --resume goes on from \S*/run/epoch_\d+\.pth", rest)
+    stopped = r"stopped by SIGTERM in epoch \d+ \(iteration \d+\); the same command with --resume goes on from "
+    assert re.search(stopped + r"\S*/run/epoch_\d+\.pth", rest)
     (tmp_path / "run").rename(tmp_path / "moved")
     done = int(re.search(r"epoch_(\d+)\.pth", (tmp_path / "moved" / "last_checkpoint").read_text())[1])  # type: ignore[index]
     with start(tmp_path / "moved", done + 1, "--resume") as process:

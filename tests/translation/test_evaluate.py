@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from nm_sparsity.core import SparsityError, VerificationError, verify
 from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.core.experiments.run import EVALUATION
 from nm_sparsity.core.files.metadata import METADATA
 from nm_sparsity.translation import demo, recipes, study
 from nm_sparsity.translation import evaluate as module
@@ -26,7 +27,6 @@ from nm_sparsity.translation.__main__ import USER_DIR
 from nm_sparsity.translation.average import average
 from nm_sparsity.translation.corpora import read_lines
 from nm_sparsity.translation.evaluate import (
-    EVALUATION,
     Options,
     Perplexity,
     Translated,
@@ -69,6 +69,10 @@ def test_a_run_is_scored_verified_and_finalized(corpus: Path, trained: Path, tmp
     run = shutil.copytree(trained, tmp_path / "run")
     result = evaluate(Options(run, data=corpus, beam=2, samples=3))
     assert isinstance(result, Translated)
+    assert not (run / EVALUATION).exists()  # which is of the run as it stands
+    assert evaluate(Options(run, data=corpus, beam=2, samples=3, out=run)) == result
+    with pytest.raises(SparsityError, match=r"run holds evaluation\.json, finalized\.pt already: choose another --out"):
+        evaluate(Options(run, data=corpus, beam=2, samples=3, out=run))
     written = json.loads((run / EVALUATION).read_text())
     assert written["bleu"] == result.bleu
     assert written["verified"] is True
@@ -96,7 +100,7 @@ def test_a_finalized_model_that_translates_differently_is_refused(
     torch.save(payload, tmp_path / "other.pt")
     monkeypatch.setattr(module, "average", lambda _, out: average((tmp_path / "other.pt",), out))
     with pytest.raises(VerificationError, match=r"finalize changed translations from \["):
-        evaluate(Options(run, data=corpus, beam=1))
+        evaluate(Options(run, data=corpus, beam=1, out=run))
 
 
 def test_an_exported_model_is_scored_too(corpus: Path, trained: Path, tmp_path: Path) -> None:

@@ -45,14 +45,7 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
     """
     from mmengine.config import Config
 
-    import nm_sparsity.detection.plugin  # noqa: F401  before mmdet, which binds mmcv's operators
-
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        # It complains of optional packages that nobody asked for; here it is imported first.
-        warnings.simplefilter("ignore")
-        import mmdet.apis
-        import mmdet.evaluation  # noqa: F401  registers mmdet's scope
-
+    import_mmdet()
     path = FOLDER / f"{name}.py" if name in names() else Path(name)
     try:
         if name.startswith("mmdet::"):
@@ -75,6 +68,16 @@ def read(name: str, overrides: Sequence[str] = ()) -> Any:
         raise SparsityError(f"cannot override {' '.join(overrides)}: {error}") from error
     _check_parts(config, name)
     return config
+
+
+def import_mmdet() -> None:
+    """Import MMDetection for the first time, without its complaints of optional packages that nobody asked for."""
+    import nm_sparsity.detection.plugin  # noqa: F401  before mmdet, which binds mmcv's operators
+
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        import mmdet.apis
+        import mmdet.evaluation  # noqa: F401  registers mmdet's scope
 
 
 def _check_names(changes: Mapping[str, Any], config: Any) -> None:

@@ -14,6 +14,7 @@ import mmdet
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
+from nm_sparsity.detection.config import import_mmdet
 
 FOLDER = Path(mmdet.__file__).parent / ".mim" / "tools"
 
@@ -30,8 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not script.is_file():
         known = sorted(str(path.relative_to(FOLDER).with_suffix("")) for path in FOLDER.rglob("*.py"))
         raise SparsityError(f'MMDetection has no script "{name}"; it has {", ".join(known)}')
-    import nm_sparsity.detection.plugin  # noqa: F401
-
+    import_mmdet()
     sys.argv = [str(script), *rest]
     sys.path.insert(0, str(script.parent))  # as Python does for a script
     runpy.run_path(str(script), run_name="__main__")

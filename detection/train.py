@@ -5,14 +5,16 @@ Under torchrun with ``--launcher pytorch`` it trains on several devices (gloo wh
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,7 +23,7 @@ import torch
 import tyro
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
 from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line, stopping
@@ -84,6 +86,24 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     if is_main_process() and (out / LAST).is_file():
         print(f"wrote {last_checkpoint(out)}; score it: python -m nm_sparsity.detection.evaluate {out}")
     return runner
+
+
+class _Runner(Runner):  # type: ignore[misc]
+    """MMEngine's, whose console shows how training goes and not the whole config, unless ``log_level=DEBUG``; the
+    log file has all of it."""
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> Any:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler and handler.level > logging.DEBUG:
+                handler.addFilter(_is_news)
+        return logger
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Neither what a runner says of itself while it is made, nor MMEngine's warnings of its own old parts."""
+    made = record.module == "runner" and record.funcName in ("__init__", "_log_env", "wrap_model")
+    return record.levelno > logging.WARNING or not (made or "will be deprecated" in record.getMessage())
 
 
 class _Stop(Hook):  # type: ignore[misc]
@@ -185,18 +205,17 @@ def _build(config: Any) -> Any:
     Raises:
         SparsityError: with what the class that cannot be built says, whatever it is.
     """
-    from mmengine.runner import Runner
-
     part = "model, hooks or work_dir"
     try:
-        runner = Runner.from_cfg(config)
-        part = "train_dataloader or train_cfg"
-        runner._train_loop = runner.build_train_loop(runner._train_loop)
-        part = f"optim_wrapper with {config.optim_wrapper.get('optimizer')}"
-        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        part = "val_dataloader, val_cfg or val_evaluator"
-        if runner._val_loop is not None:
-            runner._val_loop = runner.build_val_loop(runner._val_loop)
+        runner = _Runner.from_cfg(config)
+        with redirect_stdout(io.StringIO()):  # pycocotools'
+            part = "train_dataloader or train_cfg"
+            runner._train_loop = runner.build_train_loop(runner._train_loop)
+            part = f"optim_wrapper with {config.optim_wrapper.get('optimizer')}"
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            part = "val_dataloader, val_cfg or val_evaluator"
+            if runner._val_loop is not None:
+                runner._val_loop = runner.build_val_loop(runner._val_loop)
     except SparsityError:
         raise
     except Exception as error:

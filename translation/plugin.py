@@ -80,7 +80,11 @@ class SparseTask:
     """Set on every rank at once after one of them got a signal of `STOPS`: the update is finished, saved, and training
     ends."""
     _nm_signal = 0
-    """Which one, if it came to this rank."""
+
+    @property
+    def nm_signal(self) -> int:
+        """The one that came, if it came to this rank; else SIGTERM."""
+        return self._nm_signal or signal.SIGTERM
 
     @property
     def nm_config(self) -> Any:
@@ -140,9 +144,9 @@ class SparseTask:
     def post_save(self, path: str, num_updates: int) -> None:
         """After a checkpoint and its copies are written: leave with status 143 or 130, if a signal asked for it."""
         if self.nm_stop:
-            number = signal.Signals(self._nm_signal or signal.SIGTERM)
-            logger.info("%s at update %d; the same command resumes from %s", STOPS[number], num_updates, path)
-            raise SystemExit(128 + number)
+            how = STOPS[signal.Signals(self.nm_signal)]
+            logger.info("%s at update %d; the same command resumes from %s", how, num_updates, path)
+            raise SystemExit(128 + self.nm_signal)
 
     def optimizer_step(self, optimizer: Any, model: torch.nn.Module, update_num: int) -> None:
         """fairseq's; every ``--log-interval`` updates with this update's SAD and flip rate, and lambda * sum(lr)."""

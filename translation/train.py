@@ -36,6 +36,12 @@ from nm_sparsity.translation.stock import train as fairseq_train
 LAST = "checkpoint_last.pt"
 """What fairseq goes on from."""
 
+LOG = "fairseq.log"
+"""In a run folder: all that fairseq said."""
+
+SHOWN = ("nm_sparsity", "train", "valid")
+"""How the names of loggers begin that tell how training goes."""
+
 
 def train(config: TransformerConfig, more: Sequence[str] = ()) -> None:
     """Run fairseq's trainer in this process, with the arguments `more` after those of `config`.
@@ -80,7 +86,13 @@ def _choose_decay(config: TransformerConfig, more: Sequence[str]) -> DecayChoice
 def _run_fairseq(arguments: Sequence[str]) -> None:
     plugin.install()  # before fairseq reads its options, which is noisy
     sys.argv = ["fairseq-train", *arguments]
-    fairseq_train.cli_main()
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    try:
+        fairseq_train.cli_main()
+    finally:
+        for number, handler in handlers.items():  # which the task replaced by its own
+            if signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 def _train(config: TransformerConfig, more: Sequence[str], prepared: Prepared) -> None:
@@ -89,10 +101,7 @@ def _train(config: TransformerConfig, more: Sequence[str], prepared: Prepared) -
     write_json(config.folder / CONFIG, {"config": config.to_dict(), OPTIONS: list(more), "corpus": asdict(prepared)})
     write_json(config.folder / ENVIRONMENT, environment(config.seed, PACKAGES))
     print(shlex.join(["fairseq-train", *arguments]), flush=True)
-    # As fairseq-train does it, unless something else was imported first.
-    logging.basicConfig(
-        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", level="INFO", stream=sys.stdout, force=True
-    )
+    _set_up_log(config.folder / LOG)
     module, last = "python -m nm_sparsity.translation", config.folder / LAST
     try:
         _run_fairseq(arguments)
@@ -101,6 +110,20 @@ def _train(config: TransformerConfig, more: Sequence[str], prepared: Prepared) -
         print(f"{STOPS[signal.SIGINT]}; {left}", flush=True)
         raise Stopped from None
     print(f"score it: {module}.evaluate {config.folder}\ntry it: {module}.predict {config.folder} 'A sentence.'")
+
+
+def _set_up_log(path: Path) -> None:
+    """Of fairseq's log the console shows how training goes, or with fairseq's variable LOGLEVEL what that says; the
+    file has all of it."""
+    console = logging.StreamHandler(sys.stdout)
+    if "LOGLEVEL" not in os.environ:
+        console.addFilter(lambda record: record.levelno > logging.INFO or record.name.startswith(SHOWN))
+    logging.basicConfig(
+        format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
+        level=os.environ.get("LOGLEVEL", "INFO").upper(),
+        handlers=[console, logging.FileHandler(path, encoding="utf-8")],
+        force=True,  # something else may have been imported first
+    )
 
 
 def _check_folder(config: TransformerConfig) -> None:

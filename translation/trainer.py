@@ -120,8 +120,11 @@ def load_checkpoint(
         _restore_shadow(self.get_model(), metadata, filename)
         if self.cfg.ema.store_ema:
             _restore_shadow(self.ema.get_model(), ema, filename)
-    if 0 < self.cfg.optimization.max_update <= self.get_num_updates():
+    limits, next_epoch = self.cfg.optimization, extra.get("train_iterator", {}).get("epoch", 0)
+    updates = 0 < limits.max_update <= self.get_num_updates()
+    if updates or 0 < limits.max_epoch < next_epoch:
         logger.info("training ended after %d updates: nothing left to do", self.get_num_updates())
+    if updates:
         # fairseq looks at --max-update only after one more update, but at this before it.
         self.cfg.optimization.max_epoch = -1
     return extra
@@ -152,6 +155,8 @@ def train_step(self: Any, *args: Any, **kwargs: Any) -> Any:
     """`Trainer.train_step`: after SIGTERM or Ctrl-C this update is the last one; fairseq then saves and leaves."""
     result = _stock_step(self, *args, **kwargs)
     if getattr(self.task, "nm_stop", False):
+        if self.cfg.checkpoint.no_save:
+            raise SystemExit(128 + self.task.nm_signal)
         self.cfg.optimization.max_update = self.get_num_updates()
         self.cfg.dataset.disable_validation = True
     return result

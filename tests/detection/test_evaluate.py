@@ -263,9 +263,18 @@ def test_a_missing_backbone_is_named_with_the_way_out(
     assert "nm_sparsity.classification.train resnet50_2to4" in error
 
 
-def test_dense_runs_of_the_command_are_plain_files_too(data: Path, tmp_path: Path) -> None:
+def test_dense_runs_of_the_command_are_plain_files_too(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shared = ["tiny_mask_rcnn", "--data", str(data), "--out", str(tmp_path / "run"), "train_cfg.max_epochs=1"]
     assert train.main([*shared, "train_cfg.val_interval=9"]) == 0
+    console, (log,) = capfd.readouterr().out, (tmp_path / "run").glob("*/*.log")
+    for noise in ("Config:\n", "System environment:", "Hooks will be executed", '"FileClient" will be deprecated'):
+        assert noise in log.read_text()
+        assert noise not in console
+    assert "annotations into memory" not in console
+    for news in ("Epoch(train) [1]", "Saving checkpoint at 1 epochs"):
+        assert news in console
     payload = load(tmp_path / "run" / "epoch_1.pth")
     assert payload["nm_sparsity"]["method"] == "dense"
     assert not payload["nm_sparsity"]["layers"]

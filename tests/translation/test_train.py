@@ -46,12 +46,16 @@ def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.T
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
+            assert "fairseq_cli.train" not in line  # with the whole config, and the whole model
             if "num_updates=3" in line:
                 break
         process.send_signal(signal.SIGTERM)
         rest = process.stdout.read()
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM at update" in rest
+    log = (config.folder / "fairseq.log").read_text()
+    assert "| fairseq_cli.train | {" in log
+    assert "stopped by SIGTERM at update" in log
     return config
 
 

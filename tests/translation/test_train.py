@@ -104,11 +104,16 @@ def test_fairseqs_own_command_resumes_no_other_method(corpus: Path, trained: Pat
             make_trainer(arguments(corpus, tmp_path, *changed))
 
 
-def test_a_finished_run_trains_no_further(corpus: Path, trained: Path, tmp_path: Path, fairseq: Fairseq) -> None:
+def test_a_finished_run_trains_no_further(
+    corpus: Path, trained: Path, tmp_path: Path, fairseq: Fairseq, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copy(trained / "checkpoint_last.pt", tmp_path)
-    for limit, expected in ("40", 40), ("20", 40), ("41", 41):
-        fairseq(arguments(corpus, tmp_path, "--max-update", limit))
+    caplog.set_level("INFO")
+    for limits, expected in (["40"], 40), (["20"], 40), (["99", "--max-epoch", "1"], 40), (["41"], 41):
+        caplog.clear()
+        fairseq(arguments(corpus, tmp_path, "--max-update", *limits))
         assert updates(tmp_path / "checkpoint_last.pt") == expected
+        assert ("training ended after 40 updates: nothing left to do" in caplog.text) == (expected == 40)
 
 
 @pytest.mark.parametrize("name", list(recipes.RECIPES))

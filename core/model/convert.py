@@ -18,7 +18,7 @@ from nm_sparsity.core.model.candidates import Candidate, candidates, find_ties_o
 from nm_sparsity.core.model.layers import SparseLayer, convert, revert, sparse_layers, sparse_weights
 from nm_sparsity.core.model.report import SparsityReport, WeightReport
 from nm_sparsity.core.model.rules import Rules
-from nm_sparsity.core.model.strength import warn_if_weak
+from nm_sparsity.core.model.strength import warn_if_of_another_length, warn_if_weak
 from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.pattern import NMPattern
 
@@ -118,6 +118,7 @@ def finalize(model: nn.Module) -> SparsityReport:
             "with another method"
         )
     warn_if_weak(model)
+    warn_if_of_another_length(model)
     if lost := record.lost(model):
         warnings.warn(
             f"sparsify made {', '.join(lost)} sparse, but its layer was replaced since or the weight taken out of it: "

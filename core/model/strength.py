@@ -81,6 +81,27 @@ def warn_left_out(weights: int, steps: int) -> None:
     )
 
 
+def warn_if_of_another_length(model: nn.Module) -> None:
+    """Warn if what was planned over the run came to no end, or long before the run's, since it had other steps."""
+    for _, param, sparse in sparse_weights(model):
+        method, total, done = sparse.method, sparse.method.total_steps, int(sparse.steps)
+        if total is None or not (method.scheduled and param.requires_grad and done):
+            continue
+        # One step in a hundred is no matter, such as those that a loss scaler skips; that which fixes the mask is.
+        least = {name: sparse.boundary(v.end - 0.01) for name, v in vars(method).items() if isinstance(v, Schedule)}
+        if method.fix_at:
+            least["fix_at"] = sparse.boundary(max(method.fix_at, method.latest_start)) + 1
+        missed = [name for name, steps in least.items() if done < min(steps, total)]
+        if missed or done > 1.01 * total:
+            what = f"{', '.join(missed)} came to no end" if missed else "what was planned over the run ended before it"
+            warnings.warn(
+                f"the weights were trained for {done:,} optimizer steps and total_steps is {total:,}: {what}",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
+
+
 def warn_if_strength_is_weak(strength: float) -> None:
     """Warn if `strength`, done or planned, is too weak to matter."""
     if strength < WEAK_DECAY:

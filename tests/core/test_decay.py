@@ -586,3 +586,31 @@ def test_the_strength_is_that_of_the_lambda_at_each_step(options: dict[str, Any]
     assert strength == (None if expected is None else pytest.approx(expected * 1e-3, rel=1e-4))
     shrunk = -(w.detach() / before)[dropped].log().mean()
     assert float(shrunk) == pytest.approx(strength or 0.0, rel=2e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "said"),
+    [
+        ({"method": "ste", "fix_at": 0.5}, 4, "fix_at came to no end"),
+        ({"method": "ste", "fix_at": 0.5}, 5, "fix_at came to no end"),
+        ({"method": "ste", "fix_at": 0.5}, 6, None),
+        ({"decay": "linear(1, 2)"}, 9, "decay came to no end"),
+        ({"decay": "linear(1, 2)"}, 10, None),
+        ({"decay": "linear(1, 2)"}, 11, "what was planned over the run ended before it"),
+        ({"decay": "linear(1, 2, 0, 0.5)", "fix_at": 0.8}, 4, "decay, fix_at came to no end"),
+        ({"decay": "linear(1, 2, 0, 0.5)", "fix_at": 0.8}, 5, "fix_at came to no end"),
+        ({"decay": 1.0}, 20, None),  # nothing depends on the length
+    ],
+)
+def test_finalize_tells_of_a_run_of_another_length(options: dict[str, Any], steps: int, said: str | None) -> None:
+    net = nn.Linear(8, 4)
+    sparsify(net, "2:4", total_steps=10, **options)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    for _ in range(steps):
+        net(torch.ones(1, 8)).sum().backward()
+        optimizer.step()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        finalize(net)
+    begin = f"the weights were trained for {steps} optimizer steps and total_steps is 10: "
+    assert [str(warning.message) for warning in found] == ([] if said is None else [begin + said])

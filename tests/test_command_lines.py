@@ -63,6 +63,8 @@ BAD = {
         inspect broken:build
         verify
         verify none.pt
+        verify nested.pt --pattern 2:4
+        finalize nested.pt out.pt --pattern 2:4
         verify text.pt
         verify empty.pt
         verify cut.pt
@@ -400,6 +402,7 @@ BAD = {
         resnet18 --input 1,2
     """,
     "benchmarks.accelerate": """
+        nested.pt --model mine:build --input 1,8 --out out
         none.pt --model mine:build --input 1,8 --out out
         text.pt --model mine:build --input 1,8 --out out
         dense.pt --model mine:build --input 1,8 --out out
@@ -541,6 +544,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():
         save(d / name, payload)
     torch.save({"w": torch.eye(8).to_sparse()}, d / "sparse_tensor.pt")
+    with warnings.catch_warnings(action="ignore"):  # of a prototype
+        torch.save({"0.weight": torch.nested.nested_tensor([torch.eye(8), torch.eye(9)])}, d / "nested.pt")
     torch.save(model, d / "whole.pt")
     (d / "evil.pt").write_bytes(pickle.dumps({"state_dict": {"a": Path}}))
     whole = (d / "sparse.pt").read_bytes()

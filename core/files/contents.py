@@ -20,7 +20,7 @@ from nm_sparsity.core.errors import CheckpointError
 from nm_sparsity.core.files import onnx, sealed
 from nm_sparsity.core.files.codec import FORMAT, unpack_all
 from nm_sparsity.core.files.io import load
-from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts
+from nm_sparsity.core.files.metadata import METADATA, Metadata, find_parts, why_not_counted
 from nm_sparsity.core.files.weights import Weight
 from nm_sparsity.core.masks.groups import reduction_size
 from nm_sparsity.core.model.candidates import candidates, dims_by_shape, reduction_dims, run_length
@@ -104,11 +104,14 @@ def _by_shape(where: str, state: dict[str, Any], metadata: Metadata | None) -> C
     def weights(layout: Layout) -> Iterator[Weight]:
         embeddings = {sealed.place(value): name for name, value in tensors.items() if _is_embedding(name)}
         for name, value in tensors.items():
+            if value.is_nested:  # which has no shape
+                yield Weight(name, value, (), 0, why_not_counted(value))
+                continue
             dims = dims_by_shape(value.dim(), layout)
             embedding = embeddings.get(sealed.place(value))
             guess = "" if embedding is None else "an embedding" if embedding == name else f"tied to {embedding}"
             guess = guess and f"{guess}, by its name: include it if it is none"
-            yield Weight(name, value, dims, reduction_size(value.shape, dims), guess=guess)
+            yield Weight(name, value, dims, reduction_size(value.shape, dims), guess=guess, dims_are_assumed=True)
 
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 1}
     return Contents(where, state, metadata, weights)

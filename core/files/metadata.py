@@ -153,6 +153,8 @@ def why_not_counted(value: Tensor) -> str:
     """Why a tensor's zeros cannot be counted; empty if they can."""
     if value.is_meta:
         return "it is on the meta device and has no values"
+    if value.is_nested:
+        return "it is a nested tensor"
     if value.layout is not torch.strided:
         return f"it is stored as {value.layout}, not densely"
     if not value.dtype.is_floating_point or value.element_size() < 2:

@@ -92,7 +92,7 @@ def without_ties(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
 
 def place(value: Tensor) -> Any:
     """What two names of one tensor have in common."""
-    if value.is_meta or value.layout is not torch.strided:
+    if value.is_meta or value.is_nested or value.layout is not torch.strided:
         return id(value)
     return value.data_ptr(), value.shape, value.stride(), value.dtype
 

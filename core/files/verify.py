@@ -31,6 +31,8 @@ class Check:
     groups: int
     violations: int
     skipped: str = ""
+    hint: str = ""
+    """Why it may break its pattern."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Verification:
                 c.pattern,
                 None if c.skipped else c.groups,
                 None if c.skipped else c.violations,
-                c.skipped,
+                c.skipped or c.hint,
             )
             for c in self.checks
         ]
@@ -180,10 +182,21 @@ def _by_rules(weights: Iterable[Weight], rules: Rules) -> list[Check]:
     checks = []
     for weight in weights:
         placement, reason = weight.placement(rules)
-        checks.append(
-            _check(weight.name, weight.value, placement) if placement else Check(weight.name, "dense", 0, 0, reason)
-        )
+        check = _check(weight.name, weight.value, placement) if placement else Check(weight.name, "dense", 0, 0, reason)
+        if placement and check.violations and weight.dims_are_assumed:
+            check = replace(check, hint=_hint(weight.value, placement.pattern))
+        checks.append(check)
     return checks
+
+
+def _hint(w: Tensor, pattern: NMPattern) -> str:
+    """Whether the weight of a layer that nothing is known of may lie as those do whose inputs are in dimension 0."""
+    if w.shape[0] % pattern.m or masks.count_violations(w, pattern, (0,)):
+        return ""
+    return (
+        f"it is {pattern} along dimension 0, as in a transposed convolution or Conv1D: give verify the model, which "
+        "tells, or exclude it"
+    )
 
 
 def refuse_globs(rules: Rules, where: str) -> None:

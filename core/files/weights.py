@@ -25,6 +25,8 @@ class Weight:
     """Why it cannot be N:M whatever the pattern."""
     guess: str = ""
     """Why it is probably not meant to be; who names it in a glob has it nevertheless."""
+    dims_are_assumed: bool = False
+    """Whether nothing tells its layer, so that `dims` are those of most."""
 
     def placement(self, rules: Rules) -> tuple[Placement | None, str]:
         """Where its groups lie, or ``None`` and why it stays dense."""

@@ -128,6 +128,8 @@ def class_name(kind: type) -> str:
 
 def why_not_tensor(param: Tensor) -> str:
     """Why a tensor cannot be a sparse weight, whatever holds it; empty if it can."""
+    if param.is_nested:
+        return "a nested tensor"
     if type(param) is not nn.Parameter and not isinstance(param, DTensor | FakeTensor):
         return f"a {type(param).__name__}: quantized, or otherwise no plain tensor"
     if not param.dtype.is_floating_point or param.element_size() < 2:

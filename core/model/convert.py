@@ -181,7 +181,7 @@ def _revert_all(model: nn.Module) -> None:
 def _plan(candidate: Candidate, rules: Rules, method: Method) -> tuple[WeightReport, WeightState | None]:
     param = candidate.param
     names = candidate.names
-    shape = () if isinstance(param, nn.UninitializedParameter) else tuple(param.shape)
+    shape = () if isinstance(param, nn.UninitializedParameter) or param.is_nested else tuple(param.shape)
     notes = [f"tied with {', '.join(names[1:])}"] if len(names) > 1 else []
 
     def row(pattern: str, *more: str) -> WeightReport:

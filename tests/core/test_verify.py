@@ -244,3 +244,34 @@ def test_console_runs_as_a_module() -> None:
         check=True,
     )
     assert "reduction size 3 is not divisible by 4" in run.stdout
+
+
+def test_a_bare_weight_whose_inputs_may_be_in_dimension_0_is_hinted_at() -> None:
+    net = nn.Sequential(nn.ConvTranspose2d(8, 12, 3), nn.Flatten(), nn.Linear(8, 8))
+    sparsify(net, "2:4", method="ste", exclude=["2"])
+    finalize(net)
+    assert verify(net).checked
+    with pytest.raises(VerificationError) as refused:
+        verify(net.state_dict(), "2:4")
+    transposed, linear = str(refused.value).splitlines()[3:5]
+    assert transposed.startswith("0.weight")
+    assert transposed.endswith(
+        "it is 2:4 along dimension 0, as in a transposed convolution or Conv1D: give verify the "
+        "model, which tells, or exclude it"
+    )
+    assert linear.startswith("2.weight")
+    assert "dimension 0" not in linear
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_told_as_such(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=layout)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(4, 4))
+    net[1].weight = nn.Parameter(nested)
+    report = sparsify(net, "2:4", method="ste")
+    assert [row.note for row in report.weights] == ["", "a nested tensor"]
+    finalize(net)
+    assert [check.name for check in verify(net).checks] == ["0.weight"]
+    found = verify({"a": net[0].weight.data, "b": nested}, "2:4")
+    assert [(check.name, check.skipped) for check in found.checks] == [("a", ""), ("b", "it is a nested tensor")]

@@ -6,7 +6,7 @@ PYTHON_OLDEST ?= python3.12
 SETUP_INPUTS := .ci/setup pyproject.toml $(wildcard constraints*.txt) requirements-fairseq.txt setup.py $(wildcard core/masks/*.cpp)
 
 help:
-	@echo "make demo              train dense, STE, SR-STE and ASP on digits; table, curves, verified checkpoint (5 min)"
+	@echo "make demo              five methods on a hundred digits; table, curves, verified checkpoint (5 min)"
 	@echo "make demo-translation  sparse Transformer, from raw text to BLEU (8 min)"
 	@echo "make demo-detection    sparse Mask R-CNN, to box and mask AP (10 min)"
 	@echo "make bench             the benchmarks that run on this machine"

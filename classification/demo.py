@@ -11,15 +11,25 @@ from nm_sparsity.core.experiments.conduct import show
 from nm_sparsity.core.experiments.run import FINALIZED
 
 DEMO = ImageStudy(
-    recipe="digits_dense", out=Path("runs/demo"), seeds=(0, 1, 2, 3, 4), length=30, choosing_seeds=(100, 101)
+    recipe="digits_dense",
+    out=Path("runs/demo"),
+    methods=("dense", "ste", "sr-ste+decay=auto", "s-ste", "asp+budget=equal"),
+    patterns=("2:4", "1:16"),
+    seeds=(0, 1, 2, 3, 4),
+    # Ten images a class: with all of them every method is right on 99% of the test images. Chosen by dense runs with
+    # seeds 100 and 101 alone, which come to 92% to 93% of the validation images in 60 as in 150 epochs.
+    images=100,
+    length=100,
+    log_every=5,
 )
 
 
 @command_line
 def main(study: ImageStudy = DEMO) -> None:
     """Train what is not there yet, show the comparison, and say what to try next; takes no arguments."""
+    images = "all" if study.images is None else f"{study.images}"
     print(
-        f"ResNet-8 on 8x8 digits: dense, STE, SR-STE and ASP at {' and '.join(study.patterns)}, "
+        f"ResNet-8 on {images} images of 8x8 digits: {', '.join(study.methods)} at {' and '.join(study.patterns)}, "
         f"{len(study.seeds)} seeds, {study.length} epochs"
     )
     show(study)

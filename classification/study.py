@@ -1,4 +1,4 @@
-"""Dense, STE, SR-STE and ASP side by side: ``python -m nm_sparsity.classification.study RECIPE``.
+"""Methods side by side: ``python -m nm_sparsity.classification.study RECIPE``.
 
 The test images are looked at once, at the end of each run. Runs that are finished are not repeated, interrupted ones
 go on.

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import tyro
 
-from nm_sparsity.core import SparsityError, make_method
+from nm_sparsity.core import make_method
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
@@ -36,9 +36,20 @@ def curve(run: Path, subset: str, name: str) -> Curve:
     return [(point.step, point.value) for point in events.Scalars(name)]
 
 
+TRANSLATION = (
+    Column("BLEU", lambda result: result["bleu"]),
+    Column("chrF", lambda result: result["chrf"]),
+    Column("exact %", lambda result: result["exact"]),
+)
+LANGUAGE_MODEL = (
+    Column("bits/character", lambda result: result["bits_per_character"], digits=3),
+    Column("perplexity", lambda result: result["perplexity"], digits=2),
+)
+
+
 @dataclass(frozen=True)
 class TranslationStudy(Study):
-    """Runs of one translation recipe."""
+    """Runs of one recipe, of translation or of a language model."""
 
     recipe: tyro.conf.Positional[str] = "tiny_libreoffice"
     """The recipe whose corpus, model and optimizer all runs share."""
@@ -58,11 +69,6 @@ class TranslationStudy(Study):
     unit = "updates"
     result = EVALUATION
     progress = r"num_updates=(\d+)"
-    columns = (
-        Column("BLEU", lambda result: result["bleu"]),
-        Column("chrF", lambda result: result["chrf"]),
-        Column("exact %", lambda result: result["exact"]),
-    )
     plots = (
         Plot("learning-curves.png", "update", "validation loss, bits a piece", lambda r: curve(r, "valid", "nll_loss")),
         Plot("sad.png", "update", "SAD of one update", lambda run: curve(run, "train_inner", "sad")),
@@ -72,10 +78,17 @@ class TranslationStudy(Study):
     def title(self) -> str:
         return self.recipe
 
+    @property
+    def translates(self) -> bool:
+        """Whether the recipe is of translation, and not of a language model."""
+        return recipes.get(self.recipe).fairseq["task"] == "nm_translation"
+
+    @property
+    def columns(self) -> Sequence[Column]:
+        return TRANSLATION if self.translates else LANGUAGE_MODEL
+
     def prepare(self) -> None:
         recipe = recipes.get(self.recipe)
-        if recipe.fairseq["task"] != "nm_translation":
-            raise SparsityError(f"{self.recipe} is a language model; a study compares translations")
         if not recipe.data.exists():
             print(f"preparing {recipe.data.name}", flush=True)
             prepare_corpus(recipe.data.name, recipe.data)
@@ -95,6 +108,8 @@ class TranslationStudy(Study):
 
     def notes(self, results: Sequence[Result]) -> list[str]:
         first = results[0]
+        if not self.translates:
+            return [f"Test text of {first['pieces']:,} pieces of the BPE. Less is better."]
         return [f"Test set of {first['sentences']} sentences, beam {first['beam']}; {first['bleu_signature']}."]
 
 

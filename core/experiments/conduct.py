@@ -17,7 +17,7 @@ from nm_sparsity.core.experiments.command_line import gather_values, present_nam
 from nm_sparsity.core.experiments.comparison import Row, draw, results_table, write_report
 from nm_sparsity.core.experiments.folders import held, make_folder
 from nm_sparsity.core.experiments.run import FINALIZED, write_json
-from nm_sparsity.core.experiments.study import COMMANDS, Choice, Choices, Run, Study, has_decay
+from nm_sparsity.core.experiments.study import COMMANDS, Choice, Choices, Run, Study, Variant
 
 
 def conduct(study: Study) -> list[Row]:
@@ -44,7 +44,7 @@ def _conduct(study: Study) -> list[Row]:
     rows = write_report(study, choices)
     draw(study, rows)
     if sparse := [row for row in rows if row.pattern]:
-        example = next((row for row in sparse if has_decay(row.method)), sparse[0])
+        example = next((row for row in sparse if Variant.parse(row.method).method == "sr-ste"), sparse[0])
         shutil.copyfile(study.out / example.runs[study.seeds[0]].name / FINALIZED, study.out / FINALIZED)
     return rows
 

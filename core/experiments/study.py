@@ -167,8 +167,6 @@ class Study(ABC):
     """What `length` counts: epochs or updates."""
     result: ClassVar[str]
     """The file in a run's folder that is written last and holds its scores."""
-    columns: ClassVar[Sequence[Column]]
-    """What the report shows; the first one is the score that runs are compared by."""
     plots: ClassVar[Sequence[Plot]] = ()
     checkpoint: ClassVar[str] = ""
     """The file whose presence means that a run was cut off and goes on with ``--resume``; empty: it goes on anyway."""
@@ -196,6 +194,11 @@ class Study(ABC):
     @abstractmethod
     def title(self) -> str:
         """What the runs train."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> Sequence[Column]:
+        """What the report shows; the first one is the score that runs are compared by."""
 
     @abstractmethod
     def commands(self, run: Run) -> list[list[str]]:

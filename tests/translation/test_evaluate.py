@@ -252,9 +252,24 @@ def test_a_study_is_done_once(
     assert [path.stat().st_mtime_ns for path in sorted(short.out.glob(f"*/{EVALUATION}"))] == before
 
 
-def test_a_study_compares_translations(tmp_path: Path) -> None:
-    with pytest.raises(SparsityError, match="tiny_pydoc_topics is a language model; a study compares translations"):
-        conduct(study.TranslationStudy(recipe="tiny_pydoc_topics", out=tmp_path))
+@pytest.mark.slow
+def test_a_study_compares_language_models(text_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(text_corpus, tmp_path / "data" / "pydoc-topics")
+    monkeypatch.chdir(tmp_path)
+    small = study.TranslationStudy(
+        recipe="tiny_pydoc_topics",
+        out=Path("study"),
+        methods=("dense", "s-ste"),
+        patterns=("2:4",),
+        seeds=(1,),
+        length=2,
+        fairseq=("--log-interval=2", "--decoder-layers=1"),
+    )
+    rows = conduct(small)
+    bits = [json.loads((small.out / row.runs[1].name / EVALUATION).read_text())["bits_per_character"] for row in rows]
+    report = (small.out / "report.md").read_text()
+    assert "bits/character by seed" in report
+    assert f"{bits[1] - bits[0]:+.3f} (one pair)" in report
 
 
 @pytest.mark.slow

@@ -45,19 +45,23 @@ class DataError(SparsityError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What an annotation file holds. `skipped` boxes have no area; MMDetection leaves them out (COCO has a few)."""
+    """What an annotation file holds. `skipped` boxes have no area; MMDetection leaves them out (COCO has a few). Of
+    the others, `maskless` ones have a box only."""
 
     images: int
     annotations: int
     categories: tuple[str, ...]
     crowds: int
     skipped: int
+    maskless: int
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{self.images} images, {self.annotations} annotations in {len(self.categories)} categories "
             f"({self.crowds} crowd regions; {self.skipped} without area, skipped by MMDetection)"
         )
+        boxes = f"; {self.maskless} have no mask: for detectors of boxes (Faster R-CNN), not of masks (Mask R-CNN)"
+        return text + boxes if self.maskless else text
 
 
 def check(annotations: Path, images: Path, decode: bool = False, masks: bool = False) -> Summary:
@@ -90,6 +94,7 @@ def check(annotations: Path, images: Path, decode: bool = False, masks: bool = F
         categories=tuple(category["name"] for category in document["categories"]),
         crowds=sum(bool(a["iscrowd"]) for a in document["annotations"]),
         skipped=sum(map(_is_skipped, document["annotations"])),
+        maskless=sum(map(_is_maskless, document["annotations"])),
     )
 
 
@@ -149,7 +154,7 @@ _FIELDS: Mapping[str, Mapping[str, tuple[Callable[[Any], bool], str]]] = {
     "annotations": {
         "id": (lambda value: _is_whole(value) and 0 < value < 2**53, "a whole number above 0"),
         **dict.fromkeys(("image_id", "category_id"), _ID),
-        "bbox": (_is_box, "[x, y, width, height]"),
+        "bbox": (_is_box, "[x, y, width, height], numbers of pixels, the last two not negative"),
         "area": (_is_number, "a number"),
         "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
     },
@@ -160,6 +165,11 @@ pycocotools, the annotation 0 is none: finding it would count as a mistake."""
 
 
 def _malformed(document: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    images = {
+        entry["id"]: entry.get("file_name")
+        for entry in document["images"]
+        if isinstance(entry, dict) and _is_id(entry.get("id"))
+    }
     for key, fields in _FIELDS.items():
         for index, entry in enumerate(document[key]):
             if not isinstance(entry, dict):
@@ -169,8 +179,9 @@ def _malformed(document: Mapping[str, Sequence[Any]]) -> Iterator[str]:
                 yield f"{key}[{index}] has no {', '.join(missing)}"
             for field, (is_valid, expected) in fields.items():
                 if field in entry and not is_valid(entry[field]):
-                    found = f"{field} is {_shown(entry[field])}"
-                    yield f"{key}[{index}] (id {_shown(entry.get('id'))}): {found}, expected {expected}"
+                    image = images.get(entry.get("image_id")) if _is_id(entry.get("image_id")) else None
+                    where = f"id {_shown(entry.get('id'))}" + (f", {_shown(image)}" if image else "")
+                    yield f"{key}[{index}] ({where}): {field} is {_shown(entry[field])}, expected {expected}"
 
 
 def _repeated(document: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
@@ -188,11 +199,20 @@ def _is_skipped(annotation: Mapping[str, Any]) -> bool:
     return annotation["area"] <= 0 or min(annotation["bbox"][2:]) < 1
 
 
+def _is_maskless(annotation: Mapping[str, Any]) -> bool:
+    return not annotation.get("segmentation") and not _is_skipped(annotation)
+
+
 def _annotation_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], masks: bool) -> Iterator[str]:
     annotations = document["annotations"]
     if all(annotation["iscrowd"] or _is_skipped(annotation) for annotation in annotations):
         what = "only crowd regions and boxes without area" if annotations else "no annotations at all"
         yield f"it has {what}: there is nothing to learn from"
+    if masks and (maskless := sum(map(_is_maskless, annotations))):
+        yield (
+            f"{maskless} of {len(annotations)} annotations have no mask, which this config needs; train a detector of "
+            "boxes, e.g. tiny_faster_rcnn"
+        )
     images = {image["id"]: image for image in document["images"]}
     for large in images.values():
         if large["width"] * large["height"] > MOST_PIXELS:
@@ -214,8 +234,6 @@ def _annotation_problems(document: Mapping[str, Sequence[Mapping[str, Any]]], ma
             yield f"{what}: box {annotation['bbox']} leaves its {width}x{height} image"
         if problem := _mask_problem(annotation, width, height):
             yield f"{what}: {problem}"
-        elif masks and not annotation.get("segmentation") and not _is_skipped(annotation):
-            yield f"{what} has no mask, which this config needs; train a detector of boxes, e.g. tiny_faster_rcnn"
 
 
 def _mask_problem(annotation: Mapping[str, Any], width: int, height: int) -> str | None:

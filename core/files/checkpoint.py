@@ -241,7 +241,9 @@ def _placement(placement: Placement | None) -> str:
 
 
 def _shape(value: Any) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return "a nested tensor" if value.is_nested else tuple(value.shape)
 
 
 def _some(names: list[str]) -> str:

@@ -455,7 +455,8 @@ def test_data_without_masks_are_refused_for_a_mask_config_only(
         file = folder / "annotations" / f"instances_{split}.json"
         change(file, lambda d: [annotation.pop("segmentation") for annotation in d["annotations"]])
     error = failure(capsys, "tiny_mask_rcnn", "--data", str(folder), "--out", str(tmp_path / "run"))
-    assert "has no mask, which this config needs" in error
+    assert re.search(r"\n  (\d+) of \1 annotations have no mask, which this config needs; train a detector of", error)
+    assert len(error.splitlines()) == 2
     config = configs.read("tiny_faster_rcnn")
     configs.set_data(config, folder)
     configs.check_data(config)

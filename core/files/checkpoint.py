@@ -140,7 +140,7 @@ def sparsity_state(model: nn.Module) -> dict[str, dict[str, Any]]:
             "steps": int(weight.steps),
             "lr_sum": float(weight.lr_sum),
             "preconditioned": weight.preconditioned,
-            "state": {key: _gathered(value, param) for key, value in weight.memory.items()},
+            "state": {key: _copied(_gathered(value, param)) for key, value in weight.memory.items()},
         }
         for name, param, weight in sparse_weights(unwrap(model))
     }
@@ -155,7 +155,7 @@ def load_sparsity_state(model: nn.Module, state: Mapping[str, Mapping[str, Any]]
     weights = _check_sparsity_state(model, state)
     for name, memory in state.items():
         param, weight = weights[name]
-        weight.memory = {key: _shard(value, param) for key, value in memory["state"].items()}
+        weight.memory = {key: _copied(_shard(value, param)) for key, value in memory["state"].items()}
         weight.steps.fill_(memory.get("steps", 0))
         weight.lr_sum = memory["lr_sum"]
         weight.preconditioned = memory["preconditioned"]
@@ -205,6 +205,11 @@ def _shard(value: Any, param: Tensor) -> Any:
         return value
     plain = value.to(param.device, torch.uint8 if value.dtype == torch.bool else value.dtype)
     return distribute_tensor(plain, param.device_mesh, param.placements).to_local().to(value.dtype)
+
+
+def _copied(value: Any) -> Any:
+    """Optimizer steps write to what a method remembers."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _whole(value: Any) -> Any:

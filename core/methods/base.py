@@ -192,6 +192,15 @@ class WeightState:
         """Whether values come from `keep_largest`, for all weights of a model at once."""
         return type(self.method).value is Method.value and not self.method.starts_dense
 
+    def move_to(self, device: torch.device) -> None:
+        """Take the count and the memory to the weight's `device`: what was made new, or comes from a file, may lie on
+        another."""
+        if self.steps.device != device:
+            self.steps = self.steps.to(device)
+        for key, value in self.memory.items():
+            if isinstance(value, Tensor) and value.device != device:
+                self.memory[key] = value.to(device)
+
     @property
     def progress(self) -> Tensor:
         """The fraction of the run that is done, as a 0-dim tensor on the weight's device."""

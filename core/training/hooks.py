@@ -66,6 +66,9 @@ class _Part:
 
     def step(self, optimizer: Optimizer) -> Step:
         """What the method sees of the present step."""
+        if self.method.scheduled:
+            for state, w in zip(self.states, self.batch.weights, strict=True):
+                state.move_to(w.device)
         group = optimizer.param_groups[self.group]
         grads: list[Tensor | None] = [param.grad for param in self.params]
         if DTensor in set(map(type, grads)):
@@ -94,10 +97,6 @@ class _Part:
         if NoneType in set(map(type, step.grads)):
             treated = [state for state, grad in zip(self.states, step.grads, strict=True) if grad is not None]
         if self.method.scheduled:
-            device = self.batch.weights[0].device
-            for state in self.states:
-                if state.steps.device != device:
-                    state.steps = state.steps.to(device)
             lr = lr * self.method.decay_share(self.states[0])
         if isinstance(lr, Tensor) or skipped is not None or isinstance(self.states[0].lr_sum, Tensor):
             lr = lr if skipped is None else lr * (1 - skipped)

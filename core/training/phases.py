@@ -34,11 +34,11 @@ def begin(step: Step, method: Method) -> None:
     step.fixing = fixing
     for state, mask in zip(step.states, step.batch.nm_mask(), strict=True):
         before = state.memory.get("mask")
-        if not method.scheduled:
-            state.memory["mask"] = mask if before is None else before
-        else:
+        if before is None:
             # On a device that is not asked, a mask is all True until it is fixed.
-            state.memory["mask"] = torch.where(fixing, mask, True if before is None else before)
+            state.memory["mask"] = mask if fixing.is_cpu else torch.where(fixing, mask, True)
+        elif method.scheduled:
+            before.copy_(torch.where(fixing, mask, before))  # in place, for a graph that captured the step
 
 
 def mask_gradients(step: Step) -> None:

@@ -21,6 +21,7 @@ falls to 1. v lands above v* by up to 1e-6 * (1 - beta2) * g^2 in fp32, so that 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -114,13 +115,20 @@ def _look(held: Held, step: Step, group: dict[str, Any]) -> None:
     if not held.moments:
         return
     changes = [(m - b).abs().sum(dtype=torch.float32) for m, b in zip(held.moments, held.before, strict=True)]
-    sums = torch.stack([torch.stack(changes).sum(), torch.tensor(float(sum(m.numel() for m in held.moments)))])
-    change, entries = step.over_ranks(sums)
-    # The average begins at 0; dividing by its weights so far corrects that.
-    mean = beta2 * memory.get("log_change", 0.0) + (1 - beta2) * (change / entries).log()
-    count = memory.get("samples", torch.zeros_like(first.steps)) + 1
-    settled = (mean / (1 - beta2**count) < torch.log(torch.tensor(group["eps"]))) & (after >= first.boundary(AUTO_FROM))
-    holds = memory.get("held", torch.zeros_like(settled)) | settled | (after >= first.boundary(AUTO_UNTIL))
+    total = torch.stack(changes).sum()
+    # Filled where the sum is: a copy to the device would end the capture of a graph.
+    change, entries = step.over_ranks(
+        torch.stack([total, torch.full_like(total, sum(m.numel() for m in held.moments))])
+    )
+    if "held" not in memory:
+        memory.update(log_change=torch.zeros_like(total), samples=torch.zeros_like(after), held=after < 0)
+    mean, count, holds = memory["log_change"], memory["samples"], memory["held"]
+    # In place, where a graph that captured the step finds them at the next.
+    mean.mul_(beta2).add_((change / entries).log(), alpha=1 - beta2)
+    count.add_(1)
+    # The average began at 0; dividing by its weights so far corrects that.
+    settled = (mean / (1 - beta2**count) < math.log(group["eps"] or 1e-300)) & (after >= first.boundary(AUTO_FROM))
+    holds.logical_or_(settled | (after >= first.boundary(AUTO_UNTIL)))
     for state in step.states:
         state.memory.update(log_change=mean, samples=count, held=holds)
 

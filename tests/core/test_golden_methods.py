@@ -10,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nm_sparsity.core import Schedule, SparsityError, finalize, sparsify, verify
+from nm_sparsity.core import (
+    Schedule,
+    SparsityError,
+    finalize,
+    load_sparsity_state,
+    sparsify,
+    sparsity_state,
+    verify,
+)
 from nm_sparsity.core.methods import make_method
 from nm_sparsity.core.model.layers import sparse_weights
 from nm_sparsity.core.model.strength import planned_strength
@@ -166,6 +174,30 @@ def test_auto_holds_once_the_moment_changes_by_less_than_eps() -> None:
         optimizer.step()
     # Not before a tenth of the run.
     assert dense == [True] * 4 + [False] * 4
+
+
+def test_what_is_remembered_is_written_in_place_and_a_state_is_a_copy() -> None:
+    """A captured graph reads and writes the same memory at every replay; who saved a state can go back to it."""
+    layer = nn.Linear(8, 6, bias=False)
+    sparsify(layer, "2:4", method="ste", precondition="auto", total_steps=40)
+    optimizer = torch.optim.Adam(layer.parameters(), 1e-3)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        layer(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+
+    step()  # Adam has no second moment before its first step
+    step()
+    ((_, _, weight),) = sparse_weights(layer)
+    memory, state = dict(weight.memory), sparsity_state(layer)
+    step()
+    assert memory.keys() == {"log_change", "samples", "held"}
+    assert all(weight.memory[key] is value for key, value in memory.items())
+    assert (int(state["weight"]["state"]["samples"]), int(memory["samples"])) == (1, 2)
+    load_sparsity_state(layer, state)
+    step()
+    assert int(state["weight"]["state"]["samples"]) == 1
 
 
 def test_a_second_moment_of_zero_stays_finite_under_any_gradient() -> None:

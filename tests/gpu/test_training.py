@@ -148,10 +148,17 @@ def test_a_tensor_learning_rate_is_never_asked_for_its_value() -> None:
     assert decay_strength(net) == pytest.approx(LAMBDA * LR * 2.5)
 
 
-def test_a_whole_step_captured_in_a_graph_and_replayed() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"decay": f"linear(0, {LAMBDA})"}, {"fix_at": 0.5}, {"dense_until": 0.3}]
+    + [{"precondition": until} for until in (0.3, "auto")],
+    ids=str,
+)
+def test_a_whole_step_captured_in_a_graph_and_replayed(options: dict[str, Any]) -> None:
+    """Phases and schedules go on while it is replayed: 103 steps, three of them before the capture."""
     nets = [blocks(2), blocks(2)]
     for net in nets:
-        sparsify(net, decay=LAMBDA)
+        sparsify(net, **{"decay": LAMBDA, **options}, total_steps=103 if options else None)
     optimizers = [
         torch.optim.AdamW(net.parameters(), lr=torch.tensor(1e-3, device=CUDA), capturable=True) for net in nets
     ]
@@ -181,8 +188,13 @@ def test_a_whole_step_captured_in_a_graph_and_replayed() -> None:
     torch.cuda.synchronize()
     for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    assert decay_strength(nets[1]) == pytest.approx(LAMBDA * 0.103)
-    assert decay_strength(nets[0]) == pytest.approx(LAMBDA * 0.103)
+    strengths = [decay_strength(net) for net in nets]
+    assert strengths[0] == pytest.approx(strengths[1])
+    if not options:
+        assert strengths[0] == pytest.approx(LAMBDA * 0.103)
+    for net in nets:
+        finalize(net)
+        assert verify(net, "2:4")
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -186,6 +186,7 @@ class Small:
     mean: float
     """Of pixels in [0, 1]."""
     std: float
+    classes: tuple[str, ...]
 
     def normalize(self, images: Tensor) -> Tensor:
         """(n, height, width) uint8 as a model takes it: (n, 3, height, width) float32."""
@@ -193,7 +194,10 @@ class Small:
         return normal.unsqueeze(1).repeat(1, 3, 1, 1)
 
 
-SMALL = {"digits": Small(8, 1, False, 0.305, 0.376), "fashion-mnist": Small(28, 2, True, 0.286, 0.353)}
+SMALL = {
+    "digits": Small(8, 1, False, 0.305, 0.376, tuple("0123456789")),
+    "fashion-mnist": Small(28, 2, True, 0.286, 0.353, tuple(fashion_mnist.CLASSES)),
+}
 
 
 class SmallImages(Images):
@@ -238,7 +242,7 @@ def _digits(config: DataConfig) -> Splits:
     def part(at: np.ndarray[Any, Any]) -> SmallImages:
         return SmallImages(images[at], labels[at], SMALL["digits"])
 
-    return Splits(part(train), part(val), part(test), tuple("0123456789"))
+    return Splits(part(train), part(val), part(test), SMALL["digits"].classes)
 
 
 def _fashion_mnist(config: DataConfig) -> Splits:
@@ -251,7 +255,7 @@ def _fashion_mnist(config: DataConfig) -> Splits:
         images, labels = torch.from_numpy(of.images[at]), torch.from_numpy(of.labels[at])
         return SmallImages(images, labels, SMALL["fashion-mnist"])
 
-    return Splits(part(pictures, train), part(pictures, val), part(held_out), tuple(fashion_mnist.CLASSES))
+    return Splits(part(pictures, train), part(pictures, val), part(held_out), SMALL["fashion-mnist"].classes)
 
 
 def stratified(labels: np.ndarray[Any, Any], share: float | int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -304,7 +308,7 @@ def _image_folder(config: DataConfig) -> Splits:
                 f"  python -c \"from torchvision.datasets import ImageNet as I; [I('{config.root}', s) for s in "
                 "('train', 'val')]\""
             )
-    classes = {part: sorted(p.name for p in folder.iterdir() if p.is_dir()) for part, folder in folders.items()}
+    classes = {part: _class_folders(folder) for part, folder in folders.items()}
     if not classes["train"]:
         raise SparsityError(f"{folders['train']} holds no class folders; imagefolder wants ROOT/train/CLASS/*.jpg")
     for part in parts[1:]:
@@ -323,6 +327,18 @@ def _image_folder(config: DataConfig) -> Splits:
     plain = plain_transform(config)
     sets = {part: ImageFolder(folder, classes[part], train, plain) for part, folder in folders.items()}
     return Splits(sets["train"], sets["val"], sets.get("test", sets["val"]), tuple(classes["train"]))
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir())
+
+
+def class_names(config: DataConfig) -> tuple[str, ...] | None:
+    """The names of the data's classes, in the order of their labels; ``None`` where the data is not there to ask."""
+    if config.name in SMALL:
+        return SMALL[config.name].classes
+    train = config.root / "train"
+    return tuple(_class_folders(train)) if train.is_dir() else None
 
 
 _TO_TENSOR = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))

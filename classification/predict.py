@@ -14,11 +14,11 @@ from torch import Tensor
 
 from nm_sparsity.classification import distributed
 from nm_sparsity.classification.checkpoints import Trained
-from nm_sparsity.classification.data import plain_transform, read_image
+from nm_sparsity.classification.data import class_names, plain_transform, read_image
 from nm_sparsity.classification.evaluate import logits_of
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
-from nm_sparsity.core.experiments.images import named_images
+from nm_sparsity.core.experiments.images import named_classes, named_images
 
 BATCH = 32
 """Pictures at a time."""
@@ -38,6 +38,8 @@ class Arguments:
     """What a foreign state_dict belongs to: a recipe, a run folder or a config file."""
     model: str | None = None
     """package.module:function, for a model of your own: the code that may run."""
+    classes: Path | None = None
+    """Names of the classes, one a line, where the checkpoint and the data of the config do not tell them."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     json: bool = False
@@ -54,10 +56,11 @@ def predict(arguments: Arguments, device: torch.device) -> Iterator[tuple[Path, 
     Raises:
         SparsityError: if the checkpoint or a picture cannot be read; what came before was given.
     """
-    trained = Trained.open(arguments.path, arguments.config, arguments.model)
     files = [file for path in arguments.pictures for file in named_images(path)]
+    trained = Trained.open(arguments.path, arguments.config, arguments.model)
+    known = trained.names or class_names(trained.config.data)
     last = list(trained.state.values())[-1]
-    names = trained.names or tuple(map(str, range(len(last))))
+    names = named_classes(arguments.classes, known, len(trained.names or last), trained.path)
     model = trained.model(len(names)).to(device)
     transform = plain_transform(trained.config.data)
 

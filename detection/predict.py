@@ -18,9 +18,10 @@ import tyro
 from nm_sparsity.core import SparsityError, frozen
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.folders import make_folder
-from nm_sparsity.core.experiments.images import named_images, opened
+from nm_sparsity.core.experiments.images import named_classes, named_images, opened
 from nm_sparsity.detection.checkpoints import Trained
 from nm_sparsity.detection.evaluate import Detections, as_coco
+from nm_sparsity.detection.hooks import mappings
 from nm_sparsity.detection.pictures import draw
 
 
@@ -36,6 +37,8 @@ class Arguments:
     """The folder for the pictures with what was found drawn on them."""
     score: float = 0.5
     """The least score, from 0 to 1, of what is drawn and told."""
+    classes: Path | None = None
+    """Names of the classes, one a line, where neither the checkpoint nor the config tells them."""
     config: str | None = None
     """What a file outside of a run folder belongs to: a packaged config, a config file or a run folder."""
     json: bool = False
@@ -50,14 +53,14 @@ def predict(arguments: Arguments) -> Iterator[tuple[Path, Detections, tuple[str,
     """
     if not 0 <= arguments.score <= 1:
         raise SparsityError(f"--score {arguments.score}: expected a number from 0 to 1")
+    files = [file for path in arguments.pictures for file in named_images(path)]
     trained = Trained.open(arguments.path, arguments.config)
     from mmcv.transforms import Compose
     from mmdet.apis import inference_detector
 
-    files = [file for path in arguments.pictures for file in named_images(path)]
     model: Any = trained.model().eval()
     model.cfg = trained.config
-    names = class_names(trained)
+    names = class_names(trained, arguments.classes)
     steps = trained.config.test_dataloader.dataset.pipeline
     pipeline = Compose([step for step in steps if not str(step.get("type")).endswith("LoadAnnotations")])
     with frozen(model):
@@ -68,14 +71,15 @@ def predict(arguments: Arguments) -> Iterator[tuple[Path, Detections, tuple[str,
             yield file, sorted((d for d in found if d["score"] >= arguments.score), key=lambda d: -d["score"]), names
 
 
-def class_names(trained: Trained) -> tuple[str, ...]:
-    """The names of the classes, in the order of the labels."""
+def class_names(trained: Trained, file: Path | None = None) -> tuple[str, ...]:
+    """The names of the classes, in the order of the labels; those in `file`, if there is one, see `named_classes`."""
     from mmdet.datasets import CocoDataset
 
     told = trained.config.test_dataloader.dataset.get("metainfo") or {}
     meta = trained.payload.get("meta") or {}
     found = told.get("classes") or (meta.get("dataset_meta") or {}).get("classes") or CocoDataset.METAINFO["classes"]
-    return tuple(map(str, found))
+    count = next((part["num_classes"] for part in mappings(trained.config.model) if "num_classes" in part), len(found))
+    return named_classes(file, tuple(map(str, found)), count, trained.path)
 
 
 @command_line

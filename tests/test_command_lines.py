@@ -205,6 +205,8 @@ BAD = {
         sparse.pt none.png --config digits_2to4
         sparse.pt text.pt --config digits_2to4
         sparse.pt picture.png --top 0
+        sparse.pt picture.png --config digits_2to4 --classes none
+        sparse.pt picture.png --config digits_2to4 --classes picture.png
     """,
     "classification.study": """
         nonsense

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,30 @@ def named_images(path: Path) -> list[Path]:
     if not (files := image_files(path)):
         raise SparsityError(f"{path} holds no pictures ({', '.join(EXTENSIONS)})")
     return files
+
+
+def named_classes(file: Path | None, known: Sequence[str] | None, count: int, path: Path) -> tuple[str, ...]:
+    """The names of a model's `count` classes: the lines of `file`, or those that are `known`, or else their numbers.
+
+    Whoever asked is told of the last on stderr.
+
+    Raises:
+        SparsityError: if `file` cannot be read, or does not name `count` classes of the model in `path`.
+    """
+    if file is None:
+        if known is not None and len(known) == count:
+            return tuple(known)
+        print(f"{path} does not name its classes: they are numbered (--classes FILE: a name a line)", file=sys.stderr)
+        return tuple(map(str, range(count)))
+    try:
+        names = tuple(file.read_text(encoding="utf-8").splitlines())
+    except OSError as error:
+        raise SparsityError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SparsityError(f"{file} is not UTF-8 text; expected the name of a class a line") from None
+    if len(names) != count:
+        raise SparsityError(f"{file} names {len(names)} classes, {path} tells {count} apart; expected a name a line")
+    return names
 
 
 @contextmanager

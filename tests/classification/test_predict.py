@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,22 @@ def test_pictures_get_the_classes_that_evaluate_counted(
     expected = found[str(picture)]
     for checkpoint in ("finalized.pt", "latest.pt"):
         assert predicted(capsys, run / checkpoint, picture)[str(picture)] == expected
-    plain = predicted(capsys, tmp_path / "plain.pt", picture, "--config", run)[str(picture)]
-    assert [share for _, share in plain] == [share for _, share in expected]
-    assert [f"n0{int(name) + 1}" for name, _ in plain] == [name for name, _ in expected]
+    # Classes are named by the data, by a file, or by their numbers, which is said.
+    plain = [tmp_path / "plain.pt", picture, "--config", run]
+    assert predicted(capsys, *plain)[str(picture)] == expected
+    (tmp_path / "names").write_text("cat\ndog\nowl\n")
+    animals = dict(zip(names, ("cat", "dog", "owl"), strict=True))
+    found = predicted(capsys, *plain, "--classes", tmp_path / "names")
+    assert found[str(picture)] == [(animals[name], share) for name, share in expected]
+    (tmp_path / "two").write_text("cat\ndog\n")
+    for file, message in (("two", "two names 2 classes, .*plain.pt tells 3 apart"), ("none", "cannot read .*none: No")):
+        assert re.search(message, failed(capsys, *plain, "--classes", tmp_path / file))
+    folders.rename(tmp_path / "elsewhere")
+    assert predict.main([*map(str, plain[:1]), str(tmp_path / "elsewhere/val"), *map(str, plain[2:])]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("plain.pt does not name its classes: they are numbered (--classes FILE") == 1
+    assert [set(re.findall(r"[:,] (\S+) ", line)) for line in shown.out.splitlines()] == [set("012")] * 6
+    picture = next((tmp_path / "elsewhere").glob("val/n01/0.*"))
     assert predict.main([str(run), str(picture), "--top", "1", "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"{picture}: {expected[0][0]} {expected[0][1]:.1%}\n"
 
@@ -103,3 +117,6 @@ def test_what_is_no_picture_is_named(run: Path, tmp_path: Path, capsys: pytest.C
         predict.main([str(run), str(tmp_path / "text.png"), "--top", "0"])
     assert "top must be at least 1, found 0" in capsys.readouterr().err
     assert "is it a run folder?" in failed(capsys, tmp_path / "empty", tmp_path / "text.png")
+    (tmp_path / "text.pt").write_text("no checkpoint")  # pictures are looked for before a checkpoint is read
+    unread = failed(capsys, tmp_path / "text.pt", tmp_path / "none.png")
+    assert f"error: there is no picture {tmp_path}/none.png" in unread

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from nm_sparsity.detection import evaluate, pictures, predict
+from nm_sparsity.detection.checkpoints import Trained
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_what_is_not_found_is_said(
             "x.jpg cannot be read as an image",
         ),
         (lambda folder: folder, ["--score", "2"], "--score 2.0: expected a number from 0 to 1"),
-        (lambda folder: folder, ["--config", "nothing"], 'there is no config "nothing"'),
+        (lambda folder: Path(__file__), ["--config", "nothing"], 'there is no config "nothing"'),
     ],
 )
 def test_bad_arguments_are_one_line(
@@ -86,6 +88,21 @@ def test_bad_arguments_are_one_line(
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert re.search(message, error)
+
+
+def test_classes_without_names_are_numbered_and_that_is_said(
+    evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MMDetection would call the ten of a config without names by the first ten of COCO's eighty."""
+    trained = Trained.open(evaluated / "epoch_1.pth")
+    del trained.config.test_dataloader.dataset["metainfo"]
+    assert predict.class_names(trained) == tuple("0123456789")  # from the checkpoint
+    bare = replace(trained, payload=trained.state)
+    capsys.readouterr()
+    assert predict.class_names(bare) == tuple("0123456789")
+    assert "epoch_1.pth does not name its classes: they are numbered" in capsys.readouterr().err
+    (tmp_path / "names").write_text("\n".join("abcdefghij"))
+    assert predict.class_names(bare, tmp_path / "names") == tuple("abcdefghij")
 
 
 def test_a_box_a_mask_and_the_title_are_drawn(tmp_path: Path) -> None:

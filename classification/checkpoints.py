@@ -54,8 +54,8 @@ class Trained:
 
         Args:
             config: a recipe, the file of a config, or a run folder; for files that do not say what they are of.
-            model: ``package.module:function``, for a model that is no library's. It has to be named here: no file
-                decides which code runs.
+            model: ``package.module:function``, for a model that is no library's. It has to be named here: the file,
+                which may come from anywhere, does not decide which code runs.
 
         Raises:
             SparsityError: if the file cannot be read, breaks its pattern, or does not say what it is of.

@@ -26,7 +26,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
-from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line, stopping
+from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line, gather_values, stopping
 from nm_sparsity.core.experiments.folders import held
 from nm_sparsity.core.experiments.recipes import changes
 from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, as_json, environment, write_json
@@ -229,7 +229,8 @@ def _build(config: Any) -> Any:
 @command_line
 def main(arguments: list[str] | None = None) -> None:
     """Train what `arguments`, by default the command line's, say."""
-    tyro.cli(train, args=arguments, prog="python -m nm_sparsity.detection.train", description=__doc__)
+    given = gather_values(sys.argv[1:] if arguments is None else arguments, (), ("--hyperparameters",))
+    tyro.cli(train, args=given, prog="python -m nm_sparsity.detection.train", description=__doc__)
 
 
 def train(

@@ -211,3 +211,22 @@ def test_the_readme_trains_on_ones_own_images_as_written(
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("my-images/val/n0") == 6
     assert "19 weights checked, 0 violate their pattern" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_readme_trains_ones_own_model_as_written(tmp_path: Path, environment: dict[str, str]) -> None:
+    text = (Path(__file__).resolve().parents[2] / "classification" / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Your own model\n")[2]
+    (tmp_path / "mine.py").write_text(section.partition("```python\n")[2].partition("```")[0])
+    commands = section.partition("```sh\n")[2].partition("```")[0].replace("--out", "--epochs 1 --out")
+    done = subprocess.run(
+        ["bash", "-ec", commands],
+        cwd=tmp_path,
+        env={**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 sparse weights verified" in done.stdout
+    assert "most often mistaken for" in done.stdout

@@ -288,6 +288,9 @@ def test_print_config_shows_what_would_be_trained(data: Path, capsys: pytest.Cap
     assert train.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "pattern='1:4'" in printed
+    for way in (["dense_until=0.1", "fix_at=0.5"], ["dense_until", "0.1", "fix_at", "0.5"]):
+        assert train.main([*arguments, "--hyperparameters", *way]) == 0
+        assert "hyperparameters=dict(dense_until='0.1', fix_at='0.5')" in capsys.readouterr().out
     assert "decay=0.3" in printed
     assert "num_classes=10" in printed
 

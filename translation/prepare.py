@@ -74,8 +74,13 @@ class Prepared:
 
 
 def normalize(text: str) -> str:
-    """`text` in NFC on one line with single spaces, without invisible characters such as soft hyphens."""
-    text = "".join(c if c in _JOINERS else _INSTEAD.get(unicodedata.category(c), c) for c in text)
+    """`text` in NFC on one line with single spaces, without invisible characters such as soft hyphens.
+
+    U+2581 becomes a space: it is what sentencepiece writes for one, and so it comes back as one.
+    """
+    text = "".join(
+        c if c in _JOINERS else _INSTEAD.get(unicodedata.category(c), c) for c in text.replace("\u2581", " ")
+    )
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 

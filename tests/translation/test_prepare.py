@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 from fairseq.data import Dictionary, data_utils
 from fairseq_tools import in_subprocess
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nm_sparsity.core import SparsityError
@@ -74,6 +78,7 @@ def test_invisible_characters_do_not_cut_words() -> None:
     assert normalize("Sil\u00adbe,\u2060 two\u200cparts\ufeff") == "Silbe, two\u200cparts"
     assert normalize("one\ttwo\u2028three\x00four") == "one two three four"
     assert normalize("e\u2060\u0301") == "é"
+    assert normalize("one\u2581two \u2581") == "one two"
 
 
 def test_cleaning_drops_what_cannot_be_a_translation() -> None:
@@ -204,3 +209,62 @@ def test_mistakes_on_the_command_line(
     assert module.main([*options.split(), "--out", "out"]) == 1
     assert complaint in capsys.readouterr().err
     assert not list(tmp_path.glob("out*"))
+
+
+LINE = st.one_of(
+    st.binary(max_size=12),
+    st.text(max_size=12).map(lambda text: text.encode("utf-8", "surrogatepass")),
+    st.sampled_from(
+        [
+            *(b"", b" ", b"\t", b"\r", b"a\rb", b"\0", b"\xff\xfe", b"\xef\xbb\xbfbegin", b"\x1b[31mred\x1b[0m"),
+            *(
+                text.encode()
+                for text in ("\u2028", "\u00a0", "\u2581", "\u0085", "\u200b", "\u0301", "e\u0301", "\ufffd")
+            ),
+            *(b"<s> </s> <pad> <unk>", b"<unk>", b"#fairseq:overwrite", b"madeupword0000", b"two 3 4", b"-- --out x"),
+            *("one \u2581 two\u2581three and four".encode(), "\u2581one\u2581".encode()),
+            *(b"x" * 5000, b"y " * 3000, "\u4e2d".encode() * 999, "\U0001f600".encode() * 40),
+        ]
+    ),
+)
+"""A line of a file, those above all that break readers."""
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_corpus_is_prepared_whole_or_refused_in_a_line(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A good corpus of which lines are replaced, removed or repeated, or the files cut."""
+    folder = tmp_path_factory.mktemp("fuzzed")
+    pairs = corpora.number_words(60, 0)
+    for column, name in enumerate(("a.en", "a.de")):
+        lines = [pair[column].encode() for pair in pairs]
+        for _ in range(data.draw(st.integers(0, 4))):
+            at = data.draw(st.integers(0, len(lines) - 1))
+            lines[at : at + data.draw(st.sampled_from([1, 1, 1, 1, 0, 50]))] = [data.draw(LINE)]
+        end = data.draw(st.sampled_from([b"\n", b"\n", b"\r\n", b"\n\n", b""]))
+        (folder / name).write_bytes(b"\n".join(lines) + end)
+    plain = data.draw(st.booleans())
+    given_files = ["--text=a.en"] if plain else ["--source=a.en", "--target=a.de"]
+    vocabulary = data.draw(st.sampled_from([[], [], ["--vocabulary=90"], ["--vocabulary=20"]]))
+    said = io.StringIO()
+    with contextlib.chdir(folder), redirect_stderr(said), redirect_stdout(io.StringIO()):
+        status = module.main([*given_files, *vocabulary, "--out=out"])
+    if status:
+        assert re.fullmatch(r"error: [^\n]{10,400}\n", said.getvalue()), said.getvalue()
+        assert sorted(path.name for path in folder.iterdir()) == ["a.de", "a.en"]
+        return
+    prepared = Prepared.read(folder / "out")
+    for name in ("train", "valid", "test"):
+        for language in prepared.languages:
+            texts = corpora.read_lines(folder / "out" / f"{name}.{language}")
+            assert len(texts) == prepared.sentences[name]
+            assert texts == [module.normalize(text) for text in texts]
+    check_separate(folder / "out", prepared.languages)
+    # What fairseq reads is what was written: each sentence, cut into pieces that give it back.
+    bin_, name, dictionary_name = folder / "out" / "bin", *(("train", "") if plain else ("train.en-de.en", ".en"))
+    dictionary = Dictionary.load(str(bin_ / f"dict{dictionary_name}.txt"))
+    dataset = data_utils.load_indexed_dataset(str(bin_ / name), dictionary)
+    texts = corpora.read_lines(folder / "out" / f"train.{prepared.languages[0]}")
+    assert [dictionary.string(line, "sentencepiece") for line in dataset] == texts

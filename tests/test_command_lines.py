@@ -194,6 +194,7 @@ BAD = {
         dense.pt --config digits_2to4 --batch-size 0
         dense.pt --config digits_2to4 --device tpu
         dense.pt --config digits_2to4 --model mine:exits
+        dense.pt --config digits_2to4 --out file
         names.pt --config digits_2to4
         --config digits_2to4
     """,
@@ -252,6 +253,7 @@ BAD = {
         folder
         file
         folder --checkpoint none.pth
+        text.pt --config tiny_mask_rcnn --out file
         folder --pictures x
         file --config nonsense
         text.pt --config tiny_mask_rcnn
@@ -359,6 +361,7 @@ BAD = {
         sparse.pt
         evil.pt
         none --subset train
+        none --out file
         none --beam 0
         none --samples -1
     """,

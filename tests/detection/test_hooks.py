@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError, finalize, nm_mask, verify
+from nm_sparsity.core.experiments.command_line import Stopped
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.detection.hooks import NMSparseHook
 
@@ -364,3 +366,27 @@ def test_every_hyperparameter_reaches_the_method() -> None:
         NMSparseHook(hyperparameters={"ramp": 3})
     with pytest.raises(SparsityError, match="hyperparameters is 3, expected names and values"):
         NMSparseHook(hyperparameters=3)
+
+
+@HOOKS.register_module()
+class PressCtrlC(Hook):  # type: ignore[misc]
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if runner.iter == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_ends_a_run_after_the_iteration_and_is_one_line(
+    make_config: Make, run: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    config.custom_hooks.append({"type": "PressCtrlC"})
+    config.train_cfg.max_epochs = 3
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(Stopped):
+            run(config, tmp_path / "run")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    stopped = "interrupted in epoch 2 (iteration 2); the same command with --resume goes on from "
+    assert capfd.readouterr().out.splitlines()[-1] == f"{stopped}{tmp_path}/run/epoch_1.pth"

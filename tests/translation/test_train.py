@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fairseq import options
@@ -17,7 +18,9 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq_tools import arguments, environment, equal, load, make_trainer, shadow
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
+from nm_sparsity.core.experiments.command_line import STOPS
 from nm_sparsity.translation import recipes, train
+from nm_sparsity.translation.plugin import NMTranslationTask
 
 Fairseq = Callable[[list[str]], None]
 
@@ -207,3 +210,27 @@ def test_lambda_is_chosen_by_probes(corpus: Path, tmp_path: Path, capsys: pytest
     assert updates(config.folder / "checkpoint_last.pt") == 10
     with pytest.raises(SparsityError, match="let one device choose"):
         train.train(replace(config, folder=tmp_path / "other"), [*SMALL, "--distributed-world-size", "2"])
+
+
+def test_ctrl_c_saves_and_ends(
+    corpus: Path, tmp_path: Path, fairseq: Fairseq, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step, steps = NMTranslationTask.train_step, iter(range(1, 99))
+
+    def pressed(self: NMTranslationTask, *args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(NMTranslationTask, "train_step", pressed)
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOPS}
+    caplog.set_level("INFO")
+    try:
+        with pytest.raises(SystemExit) as left:
+            fairseq(arguments(corpus, tmp_path))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert left.value.code == 128 + signal.SIGINT
+    assert updates(tmp_path / "checkpoint_last.pt") == 3
+    assert caplog.text.count("interrupted at update 3; the same command resumes from") == 1

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +25,7 @@ _ALIGNMENT = 256
 """Each result of a call starts at a multiple of this many entries, so of as many bytes; cuBLAS asks for 256."""
 
 _dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_version: Any = attrgetter("_version")
 
 
 class Batch:
@@ -43,33 +46,49 @@ class Batch:
         """Weights that no compiled kernel covers."""
         self._order: list[int] = []
         """Where each weight's result stands among the parts' and then the others'."""
+        self._lent: dict[torch.dtype | None, _Lent] = {}
 
-    @torch.inference_mode(False)  # what is made in a pass may be used outside of inference mode, too
-    @torch.no_grad()
     def keep_largest(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The masked weights, detached, in the shapes and strides of the weights.
 
         With `dtype` they are rounded to it as ``.to(dtype)`` rounds; which NaN a NaN becomes is left open. All lie in
         one stretch of memory (one per launch), each a tensor of its own: writing to one leaves the others' version.
+
+        On a CPU the list is lent: once nobody holds it, nor anything in it, the next call returns the very same tensors
+        with their new values. Whoever holds the list may put others that share their memory in their places.
         """
         self._refresh()
-        values = []
+        lent = self._lent.get(dtype)
+        if lent is not None and lent.is_back():
+            for part, memory in zip(self._parts, lent.memory, strict=True):
+                part.fill("keep", memory)
+            return lent.list[0]
+        values, memories = self._new(dtype)
+        if not self._others and all(memory.is_cpu and memory.dtype is (dtype or memory.dtype) for memory in memories):
+            self._lent[dtype] = _Lent(values, memories)
+        return values
+
+    @torch.inference_mode(False)  # what is made in a pass may be used outside of inference mode, too
+    @torch.no_grad()
+    def _new(self, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
+        """`keep_largest` in new tensors, and the memory of each launch that they lie in."""
+        made, memories = [], []
         for part in self._parts:
             target = part.dtype if dtype is None else dtype
-            if rounds_to(part.dtype, target):
-                values += part.fresh("keep", target)
-            else:
-                values += [value.to(target) for value in part.fresh("keep", part.dtype)]
+            memory = part.fill("keep", part.new(target if rounds_to(part.dtype, target) else part.dtype))
+            made += [value if value.dtype is target else value.to(target) for value in part.results(memory)]
+            memories.append(memory)
         for i in self._others:
             w = self.weights[i]
-            values.append(_like(w, self._reference(reference.keep_largest, i)).to(dtype or w.dtype).data)
-        return [values[k] for k in self._order]
+            made.append(_like(w, self._reference(reference.keep_largest, i)).to(dtype or w.dtype).data)
+        return [made[k] for k in self._order], memories
 
     @torch.no_grad()
     def nm_mask(self) -> list[Tensor]:
         """The boolean mask of each weight, in its shape and strides."""
         self._refresh()
-        values = [value for part in self._parts for value in part.fresh("mask", torch.bool)]
+        filled = [part.fill("mask", part.new(torch.bool)) for part in self._parts]
+        values = [value for part, memory in zip(self._parts, filled, strict=True) for value in part.results(memory)]
         values += [_like(self.weights[i], self._reference(reference.nm_mask, i)) for i in self._others]
         return [values[k] for k in self._order]
 
@@ -134,6 +153,7 @@ class Batch:
         forms = [*map(_dtype_of, weights), *map(Tensor.stride, weights), *map(Tensor.numel, weights)]
         if pointers == self._pointers and forms == self._forms:
             return
+        self._lent = {}
         shapes = [(w.shape, w.device) for w in weights]
         if forms == self._forms and shapes == self._shapes:
             for part in self._parts:
@@ -189,25 +209,25 @@ class _Part:
         self.dtype, self.device = first.dtype, first.device
         self._weights = [weights[i] for i in self.places]
         self.rows = backend.Rows(self._weights, lines, self.places, pattern.n, pattern.m)
-        self._spare: dict[torch.dtype, Tensor] = {}
 
-    def fresh(self, result: str, dtype: torch.dtype) -> list[Tensor]:
-        """The `result` of every weight in memory of its own."""
-        # New pages cost a CPU more than the masks do, so it takes the memory of results that nobody holds any more.
-        out = self._spare.pop(dtype, None)
-        if out is None or _holders(out) > _ALONE:
-            out = torch.empty(self._size, dtype=dtype, device=self.device)
-        self.rows.run(result, out, self._starts, dtype)
+    def new(self, dtype: torch.dtype) -> Tensor:
+        """Memory for a result of every weight."""
+        return torch.empty(self._size, dtype=dtype, device=self.device)
+
+    def fill(self, result: str, memory: Tensor) -> Tensor:
+        """Write the `result` of every weight into `memory`, and return it."""
+        self.rows.run(result, memory, self._starts, memory.dtype)
+        return memory
+
+    def results(self, memory: Tensor) -> list[Tensor]:
+        """What lies in `memory`, a tensor for each weight."""
         # Below autograd's bookkeeping of views, so that each result counts its own versions.
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            values = [
+            return [
                 value
                 for start, shape, strides in self._stretches
-                for value in out.as_strided(shape, strides, start).unbind()
+                for value in memory.as_strided(shape, strides, start).unbind()
             ]
-        if self.device.type == "cpu" and result == "keep":
-            self._spare[dtype] = out
-        return values
 
     def addresses(self, tensors: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[list[int], list[int]]:
         """Where those of `tensors` lie that go with the part's weights, 0 where the kernel must leave one out.
@@ -215,8 +235,11 @@ class _Part:
         The second list has the positions in the batch of those that do not lie in memory as the weight does, or have
         another dtype than `dtype`.
         """
-        addresses, refused = [], []
         fits = dtype == torch.bool or rounds_to(self.dtype, dtype)
+        present = [t for i in self.places if (t := tensors[i]) is not None]
+        if fits and list(map(Tensor.stride, present)) == self._strides and {*map(_dtype_of, present)} == {dtype}:
+            return list(map(Tensor.data_ptr, present)), []
+        addresses, refused = [], []
         for i, strides, w in zip(self.places, self._strides, self._weights, strict=True):
             t = tensors[i]
             if t is None:
@@ -249,12 +272,37 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         increment_version([target for target, _ in members])
 
 
+class _Lent:
+    """The values of one call. On a CPU, new tensors and untouched pages cost more than the masks do."""
+
+    def __init__(self, values: list[Tensor], memory: list[Tensor]) -> None:
+        self.list = [values]
+        self.memory = memory
+        self._pointers = list(map(Tensor.data_ptr, values))
+        self._holders = sum(map(_holders, memory))
+
+    def is_back(self) -> bool:
+        """Whether nobody else holds the list, a tensor in it or their memory, and all is as it was handed out."""
+        return (
+            _alone(self.list)
+            and _alone(self.list[0])  # a graph that saved a tensor counts, too
+            and list(map(Tensor.data_ptr, self.list[0])) == self._pointers
+            and not any(map(_version, self.list[0]))
+            and sum(map(_holders, self.memory)) == self._holders
+        )
+
+
+def _alone(objects: list[Any]) -> bool:
+    """Whether each of `objects` is held by this list alone."""
+    return max(map(sys.getrefcount, objects), default=0) <= _ONE
+
+
 def _holders(t: Tensor) -> int:
     """How many references to the memory of `t` there are."""
     return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
 
 
-_ALONE = _holders(torch.empty(1))
+_ONE = max(map(sys.getrefcount, [object()]))
 
 
 def _like(w: Tensor, value: Tensor) -> Tensor:

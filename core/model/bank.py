@@ -4,7 +4,9 @@
 The outermost call of such a module in a thread is a *pass*: a whole forward, a block that is called by itself, a
 checkpointed block that is recomputed. Where FSDP2 shards the weights of a scope, the calls inside it are passes of
 their own, as each unit is gathered. The first read of a weight in a pass makes the values of all its weights that are
-there, in the dtype that autocast asks for at that moment; one that is written to during the pass is made anew.
+there, in the dtype that autocast asks for at that moment; one that is written to during the pass is made anew. On a
+CPU, where that is dear, memory and tensor objects of a pass serve the next one if nobody holds them any more, no graph
+either.
 
 Under `torch.compile` the same happens while the graph is traced, which then holds one call for all values. There, a
 write to a weight between two reads of it in one pass is not seen.
@@ -29,6 +31,7 @@ from nm_sparsity.core import masks
 from nm_sparsity.core.masks import ops
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.methods import WeightState
+from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 _SCOPE = "_nm_scope"
@@ -43,11 +46,6 @@ def structure_changed() -> None:
     """To be called whenever a layer becomes sparse, is copied, or becomes dense again."""
     global _generation
     _generation = object()
-
-
-def generation() -> object:
-    """An object that is another one after `structure_changed`."""
-    return _generation
 
 
 class Member(NamedTuple):
@@ -66,10 +64,49 @@ class Member(NamedTuple):
         return None if isinstance(w, DTensor) else w
 
 
-Kept = tuple[Tensor, tuple[Tensor, WeightState], int, int, int]
-"""The value of a weight in a pass, the shadow weight with its state, and what tells, as far as that can be seen, that
-it was written to since: its version counter, its pointer, the number of writes that were sent on. The tuple also keeps
-the shadow weight alive, so that its id stays its own."""
+def generation() -> object:
+    """An object that is another one after `structure_changed`."""
+    return _generation
+
+
+class Holding:
+    """What `_parameters` of modules hold under names, in a generation: shadow weights, or FSDP2's shards of them."""
+
+    def __init__(self, generation: object, places: Iterable[tuple[dict[str, nn.Parameter | None], str]]) -> None:
+        self._generation, found = generation, list(places)
+        self._parameters, self._names = [parameters for parameters, _ in found], [name for _, name in found]
+        self.weights = list(map(dict.get, self._parameters, self._names))
+
+    def lasts(self) -> bool:
+        """Whether they still hold the same, and are sparse as they were."""
+        still = map(is_, map(dict.get, self._parameters, self._names), self.weights)
+        return self._generation is _generation and all(still)
+
+
+Origin = tuple[Tensor, WeightState]
+"""A shadow weight and its state."""
+
+
+class Launch:
+    """Values that were made together."""
+
+    def __init__(self, values: list[Tensor], origins: list[Origin], places: dict[int, int]) -> None:
+        self.values = values
+        self.origins = origins
+        """Whose values they are. Kept alive, so that ids stay their own."""
+        self.places = places
+        """Where each of them stands, by the id of the shadow weight."""
+        weights, writes = [w for w, _ in origins], [state.writes for _, state in origins]
+        self.marks = list(zip(map(_version, weights), map(Tensor.data_ptr, weights), writes, strict=True))
+        """What tells, as far as that can be seen, that a weight was written to since: its version counter, its pointer,
+        the number of writes that were sent on."""
+
+    def note_lost(self) -> None:
+        """Note what was written to a value in a way that was not sent on."""
+        if self.values and not self.values[0].is_inference() and any(map(_version, self.values)):
+            for value, (_, state) in zip(self.values, self.origins, strict=True):
+                if value._version:
+                    state.lost = True
 
 
 class Scope:
@@ -78,10 +115,10 @@ class Scope:
     def __init__(self, members: Iterable[Member]) -> None:
         self.members = tuple(members)
         self._keys: set[tuple[int, str]] = set()
-        self._holders: list[tuple[dict[str, nn.Parameter | None], str]] = []
         self._kind: tuple[torch.dtype, torch.device] | None = None
-        self._seen: list[Any] = []
-        self._found: list[tuple[Tensor, WeightState]] = []
+        self._holding = Holding(None, [])
+        self._found: list[Origin] = []
+        self._places: dict[int, int] = {}
         self._batch = Batch([], [])
         self._launch = threading.Lock()  # two threads may run one model
         self.left_out = 0
@@ -101,13 +138,11 @@ class Scope:
             self._keys = {(id(member.module), member.name) for member in self.members}
         return (id(module), name) in self._keys
 
-    def parameters(self) -> list[Tensor | None]:
-        """What the members' modules hold: shadow weights, or FSDP2's shards of them."""
-        if not self._holders:
-            self._holders = [(member.module._parameters, member.name) for member in self.members]
-        return [parameters.get(name) for parameters, name in self._holders]
+    def holding(self) -> Holding:
+        """What the members' modules hold now."""
+        return Holding(_generation, ((member.module._parameters, member.name) for member in self.members))
 
-    def together(self, like: Tensor, without: Container[int] = ()) -> list[tuple[Tensor, WeightState]]:
+    def together(self, like: Tensor, without: Container[int] = ()) -> list[Origin]:
         """The shadow weights whose values one launch makes with that of `like`, but those with an id in `without`."""
         found = {}
         for member in self.members:
@@ -116,29 +151,23 @@ class Scope:
                 found[id(w)] = w, member.state
         return [(w, state) for w, state in found.values() if state.batched]
 
-    def values(self, like: Tensor, without: Container[int], dtype: torch.dtype) -> dict[int, Kept]:
-        """What `together` finds, by id, made in one launch."""
+    def launch(self, like: Tensor, without: Container[int], dtype: torch.dtype) -> Launch:
+        """The values of what `together` finds."""
         with self._launch:
-            kind, now = (like.dtype, like.device), [_generation, *self.parameters()]
-            if without or kind != self._kind or not all(map(is_, now, self._seen)):
+            kind = like.dtype, like.device
+            if without or kind != self._kind or not self._holding.lasts():
+                self._holding = self.holding()
                 self._found = self.together(like, without)
+                self._places = {id(w): place for place, (w, _) in enumerate(self._found)}
                 self._batch = Batch([w for w, _ in self._found], [state.placement for _, state in self._found])
                 # Weights of `functional_call` come once and must not be kept alive.
                 again = not without and all(type(w) is nn.Parameter for w, _ in self._found)
-                self._kind, self._seen = (kind, now) if again else (None, [])
+                self._kind = kind if again else None
             values = self._batch.keep_largest(None if dtype == like.dtype else dtype)
-            weights, found = self._batch.weights, self._found
+            launch = Launch(values, self._found, self._places)
             if self._kind is None:
-                self._found, self._batch = [], Batch([], [])
-        marks = zip(
-            values,
-            found,
-            map(_version, weights),
-            map(Tensor.data_ptr, weights),
-            [state.writes for _, state in found],
-            strict=True,
-        )
-        return dict(zip(map(id, weights), marks, strict=True))
+                self._found, self._batch, self._holding = [], Batch([], []), Holding(None, [])
+            return launch
 
 
 class _Pass:
@@ -147,15 +176,15 @@ class _Pass:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self.depth = 1
-        self.kept: dict[torch.dtype, dict[int, Kept]] = {}
-        """By dtype and the id of the shadow weight."""
+        self.kept: dict[torch.dtype, dict[int, Launch]] = {}
+        """The latest launch of each value, by dtype and the id of the shadow weight."""
 
     @cached_property
     def sharded(self) -> bool:
         """Whether FSDP2 has weights that are not gathered when the first call inside begins."""
-        return DTensor in set(map(type, self.scope.parameters()))
+        return DTensor in set(map(type, self.scope.holding().weights))
 
-    def make(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Kept | None:
+    def make(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Launch | None:
         """The value of the shadow weight `w`, if it is one of the scope's, that was not made yet or is stale.
 
         The first one makes all others with it. What was written to, or is the first that is read in a second dtype (the
@@ -166,17 +195,16 @@ class _Pass:
         others = [values for key, values in self.kept.items() if key != dtype]
         kept = self.kept.setdefault(dtype, {})
         if id(w) in kept or not state.batched or (not kept and any(id(w) in values for values in others)):
-            kept[id(w)] = state.value(w, dtype), (w, state), w._version, w.data_ptr(), state.writes
+            launch = Launch([state.value(w, dtype)], [(w, state)], {id(w): 0})
         else:
-            kept.update(self.scope.values(w, kept.keys(), dtype))
-        return kept[id(w)]
+            launch = self.scope.launch(w, kept.keys(), dtype)
+        kept.update(dict.fromkeys(launch.places, launch))
+        return launch
 
     def close(self) -> None:
-        """Note what was written to a value that no layer will hand out again."""
-        for values in self.kept.values():
-            for value, (_, state), *_ in values.values():
-                if not value.is_inference() and value._version:
-                    state.lost = True
+        """Note what was written to values that no layer will hand out again."""
+        for launch in set[Launch]().union(*map(dict.values, self.kept.values())):
+            launch.note_lost()
 
 
 class _Thread(threading.local):
@@ -200,19 +228,21 @@ _thread = _Thread()
 _trace = _Trace()
 
 
-def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Kept | None:
-    """The value of a weight whose shadow weight is `w`, without autograd, if a pass of this thread covers it."""
+def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
+    """What a layer hands out for the shadow weight `w`, if a pass of this thread covers it."""
     for running in reversed(_thread.passes):
-        kept = running.kept.get(dtype, _NOTHING).get(id(w))
-        if kept is None or kept[2] != w._version or kept[3] != w.data_ptr() or kept[4] != state.writes:
-            kept = running.make(module, name, w, state, dtype)
-        if kept is not None:
-            return kept
+        key = id(w)
+        launch = running.kept.get(dtype, _NOTHING).get(key)
+        if launch is None or launch.marks[launch.places[key]] != (w._version, w.data_ptr(), state.writes):
+            launch = running.make(module, name, w, state, dtype)
+        if launch is not None:
+            place = launch.places[key]
+            return hand_out(launch.values, place, launch.origins[place])
     return None
 
 
 def value_in_trace(w: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """As `value_in_pass`, while a graph is traced."""
+    """The value of the shadow weight `w` in the graph that is traced, without autograd, if it has one."""
     value = None if _trace.scope is None else _trace.values.get(id(w))
     return value if value is not None and value.dtype == dtype else None
 

@@ -238,14 +238,9 @@ def _not_replaced(layer: SparseLayer, name: str) -> SparsityError:
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
-    if type(w) is DTensor:
-        return _sharded(layer, name, w, state)
+    if _tracing_graph() or not is_plain(w):
+        return _seen(layer, name, w, state)
     dtype = bank.computed_dtype(w)
-    if _tracing_graph():
-        traced = bank.value_in_trace(w, dtype)
-        return _differentiable(w, state, dtype) if traced is None else straight_through(w, traced)
-    if not is_plain(w):  # who watches sees nothing but operations
-        return _differentiable(w, state, dtype)
     if state.lost:
         state.lost = False
         raise RuntimeError(
@@ -257,16 +252,29 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
         value = frozen_values.get((name, dtype))
         if value is None:
             value = frozen_values[name, dtype] = state.value(w, dtype)
-        return hand_out(value, (w, state), watched=False)
-    kept = bank.value_in_pass(layer, name, w, state, dtype)
-    if kept is not None:
-        return hand_out(kept[0], kept[1], watched=False)
+        return hand_out([value], 0, (w, state))
+    weight = bank.value_in_pass(layer, name, w, state, dtype)
+    if weight is not None:
+        return weight
     reader = sys._getframe(2).f_code
     if reader is _GET_PARAMETER:
         return w
     if id(reader) in _WRAPPERS:
         raise _not_replaced(layer, name)
-    return hand_out(state.value(w, dtype), (w, state), watched=True)
+    return hand_out([state.value(w, dtype)], 0, (w, state), watched=True)
+
+
+def _seen(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Tensor:
+    """What `layer` computes with where somebody watches, who sees nothing but operations."""
+    if type(w) is DTensor:
+        return _sharded(layer, name, w, state)
+    dtype = bank.computed_dtype(w)
+    traced = bank.value_in_trace(w, dtype) if _tracing_graph() else None
+    if traced is not None:
+        return straight_through(w, traced)
+    if state.batched:
+        return masks.keep_largest(w, state.pattern, state.dims, dtype)
+    return straight_through(w, state.value(w, dtype))
 
 
 def _sharded(layer: SparseLayer, name: str, w: DTensor, state: WeightState) -> DTensor:
@@ -285,9 +293,3 @@ def _sharded(layer: SparseLayer, name: str, w: DTensor, state: WeightState) -> D
             "fully_shard and DDP, not tensor parallelism; exclude this layer from sparsify"
         )
     return w
-
-
-def _differentiable(w: Tensor, state: WeightState, dtype: torch.dtype) -> Tensor:
-    if state.batched:
-        return masks.keep_largest(w, state.pattern, state.dims, dtype)
-    return straight_through(w, state.value(w, dtype))

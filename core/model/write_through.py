@@ -8,9 +8,8 @@ Whoever writes to it takes it for the weight, so from then on this very object s
 that read what they wrote go on rightly, and the next read of ``layer.weight`` is masked again.
 
 A write through a view of it, through ``detach()``, as an ``out=`` argument or in a foreach function cannot be sent on.
-It shows in the version counter of the masked value, and the next use of the weight raises. Two are not seen: one to
-what was read with gradients recorded in a forward pass, which shares the shadow weight's counter, and one through the
-``detach()`` of what was read without, outside a pass, and is held by nobody.
+It shows in the version counter of the masked value, and the next use of the weight raises. One is not seen: one
+through the ``detach()`` of what was read outside a pass and is held by nobody.
 """
 
 from __future__ import annotations
@@ -22,12 +21,17 @@ import torch
 from torch import Tensor
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.masks.ops import StraightThrough
 from nm_sparsity.core.methods import WeightState
 
 _set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
 _as_subclass: Any = Tensor.as_subclass
 _make_subclass: Any = Tensor._make_subclass
+# Autograd makes a new node of a view, in a slow way, whenever something is written to what it is a view of; and the two
+# count their versions together.
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_without_views: Any = torch._C._ExcludeDispatchKeyGuard
+_FIRST = 2**64 - 1
+"""The sequence number of nodes that run as soon as they can in a backward pass, as those that accumulate gradients."""
 
 
 class WriteThrough(Tensor):
@@ -149,27 +153,31 @@ for _name in dir(Tensor):
         setattr(WriteThrough, _name, _sends(_name))
 
 
-class _WatchedStraightThrough(StraightThrough):
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
-        return Tensor._make_subclass(_Watched, value)
+def hand_out(
+    values: list[Tensor], place: int, origin: tuple[Tensor, WeightState], watched: bool = False
+) -> WriteThrough:
+    """``values[place]``, the masked value of the shadow weight in `origin`, as what a layer's ``weight`` is.
 
-
-def hand_out(value: Tensor, origin: tuple[Tensor, WeightState], watched: bool) -> WriteThrough:
-    """`value`, the masked value of the shadow weight in `origin`, as what a layer's ``weight`` is.
-
-    Where `watched` is False and gradients are recorded, an alias of the shadow weight gets the value's data: the
-    cheapest node there is, a few microseconds with its backward, in C++.
+    Where gradients are recorded, an alias of the shadow weight gets the value's data: the cheapest node there is, a few
+    microseconds with its backward, in C++. It takes the value's place, for reads to come, those of later passes too
+    where the list is filled again. What is `watched` notes when it dies that something was written to it.
     """
     out: WriteThrough
-    w = origin[0]
-    if torch.is_grad_enabled() and w.requires_grad:
-        if watched and not value.is_inference():
-            out = _WatchedStraightThrough.apply(w, value)
-        else:
-            out = _as_subclass(w, WriteThrough)
-            _set_data(out, value)
-    else:  # an inference tensor has no version counter to watch
-        out = _make_subclass(_Watched if watched and not value.is_inference() else WriteThrough, value)
+    (w, state), value = origin, values[place]
+    recorded = torch.is_grad_enabled() and w.requires_grad
+    if recorded and type(value) is WriteThrough:
+        return value
+    counts = not value.is_inference()  # its versions
+    kind = _Watched if watched and counts else WriteThrough
+    if not recorded:
+        out = _make_subclass(kind, value)
+    else:
+        with _without_views(_VIEWS):
+            out = _as_subclass(w, kind)
+        out.grad_fn._set_sequence_nr(_FIRST)  # type: ignore[union-attr]
+        _set_data(out, value)
+        if counts and value._version:
+            state.lost = True
+        values[place] = out
     out.origin = origin
     return out

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 from operator import is_
 from types import FrameType, NoneType
 from typing import Any, NamedTuple
@@ -138,8 +139,8 @@ class _Plan:
     """What an optimizer holds, by parameter group and method; made anew when that changes."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.generation = bank.generation()
-        self.held = _parameters(optimizer)
+        generation = bank.generation()
+        self.held = list(_parameters(optimizer))
         groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         found: dict[tuple[int, Method], list[_Weight]] = {}
         seen: set[int] = set()
@@ -150,18 +151,18 @@ class _Plan:
                     seen.add(id(param))
                     found.setdefault((groups[id(param)], state.method), []).append(_Weight(layer, name, param, state))
         self.parts = [_Part(group, method, weights) for (group, method), weights in found.items()]
+        places = [(w.layer._parameters, w.name) for part in self.parts for w in part.weights]
+        self._holding = bank.Holding(generation, places)
         self.ids = frozenset(groups)
         self.complete: WeakSet[bank.Scope] = WeakSet()
         """The scopes all of whose weights are held."""
 
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` still holds what it did, and the layers what they did."""
-        held = _parameters(optimizer)
         return (
-            self.generation is bank.generation()
-            and len(held) == len(self.held)
-            and all(map(is_, held, self.held))
-            and all(w.layer._parameters.get(w.name) is w.param for part in self.parts for w in part.weights)
+            sum(len(group["params"]) for group in optimizer.param_groups) == len(self.held)
+            and all(map(is_, _parameters(optimizer), self.held))
+            and self._holding.lasts()
             and all(part.is_local() for part in self.parts)
         )
 
@@ -181,8 +182,8 @@ def batches(optimizer: Optimizer) -> list[Batch]:
     return [part.batch for part in _plan(optimizer).parts]
 
 
-def _parameters(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 @_outside_graphs

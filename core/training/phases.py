@@ -43,14 +43,15 @@ def begin(step: Step, method: Method) -> None:
 
 def mask_gradients(step: Step) -> None:
     """After the method changed gradients: a weight that is dropped for good gets none."""
-    _apply(step, step.grads)
+    if step.states[0].method.fix_at is not None:
+        _apply(step, step.grads)
 
 
 def mask_weights(step: Step) -> None:
     """After the update: what momentum from before the mask was fixed moved becomes zero again."""
-    _apply(step, step.batch.weights)
     if step.states[0].method.fix_at is None:
         return
+    _apply(step, step.batch.weights)
     for w, state in zip(step.batch.weights, step.states, strict=True):
         state.settled = state.writes, w._version
 

@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -324,6 +325,164 @@ def test_two_threads_run_one_model_and_two_models() -> None:
         thread.join()
     assert len(wrong) == 100
     assert not any(wrong)
+
+
+def test_two_threads_differentiate_one_model() -> None:
+    model, x = blocks(), torch.randn(2, 16)
+    sparsify(model)
+    weights = list(model.parameters())
+    expected, wrong = torch.autograd.grad(model(x).square().sum(), weights), []
+
+    def differentiate() -> None:
+        for _ in range(50):
+            found = torch.autograd.grad(model(x).square().sum(), weights)
+            wrong.append(not all(map(torch.equal, found, expected)))
+
+    threads = [threading.Thread(target=differentiate) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 100
+    assert not any(wrong)
+
+
+def test_two_passes_at_a_time_share_no_values() -> None:
+    model, x, seen = blocks(2), torch.randn(2, 16), {}
+    sparsify(model)
+    model(x)
+
+    def note(layer: nn.Module, args: tuple[Tensor]) -> None:
+        seen[threading.current_thread().name] = layer.weight.data_ptr()
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(target=model, args=args)
+            other.start()
+            other.join()
+
+    model[0].up.register_forward_pre_hook(note)
+    with torch.no_grad():
+        model(x)
+    assert len(set(seen.values())) == 2
+
+
+def convolutions() -> nn.Sequential:
+    """One layer whose graph saves the weight itself, and one whose graph saves a view of it."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8, 8))
+
+
+def test_a_pass_takes_the_tensors_of_the_last_one() -> None:
+    model, x, seen = convolutions(), torch.randn(2, 4, 3, 3), []
+    sparsify(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for layer in (model[0], model[2]):
+        layer.register_forward_pre_hook(lambda layer, _: seen.append((id(layer.weight), layer.weight.data_ptr())))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert seen[:2] == seen[2:4] == seen[4:], "nothing is made anew in a training step"
+
+
+HOLDS: dict[str, Callable[[nn.Module], object]] = {
+    "itself": lambda layer: layer.weight,
+    "detached": lambda layer: layer.weight.detach(),
+    "row": lambda layer: layer.weight[0],
+    "array": lambda layer: layer.weight.detach().numpy(),
+    "list": lambda layer: [layer.weight],
+}
+
+
+def content(held: Any) -> Tensor:
+    return torch.as_tensor(held[0] if isinstance(held, list) else held).detach()
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["read with gradients", "read without"])
+@pytest.mark.parametrize("hold", HOLDS)
+def test_what_somebody_holds_of_a_pass_stays_as_it_is(hold: str, recorded: bool) -> None:
+    model, x, held = convolutions(), torch.randn(2, 4, 3, 3), []
+    sparsify(model)
+    model(x).sum().backward()
+    with torch.set_grad_enabled(recorded):
+        handle = model[2].register_forward_pre_hook(lambda layer, _: held.append(HOLDS[hold](layer)))
+        model(x)
+        handle.remove()
+        before = content(held[0]).clone()
+        for p in model.parameters():
+            p.data.mul_(-2)
+        model(x)
+    assert torch.equal(content(held[0]), before)
+
+
+def test_graphs_of_earlier_passes_keep_their_values() -> None:
+    model, x = convolutions(), torch.randn(2, 4, 3, 3, requires_grad=True)
+    dense = masked_twin(model)
+    model(x).sum().backward()  # whose tensors the next pass takes
+    first = model(x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    second = model(x)
+    inputs = [x, *model.parameters()]
+    found = [torch.autograd.grad(y.square().sum(), inputs) for y in (second, first)]
+    expected = [torch.autograd.grad(dense(x).square().sum(), [x, *dense.parameters()])]
+    with torch.no_grad():
+        for p in dense.parameters():
+            p.mul_(2)
+    expected.insert(0, torch.autograd.grad(dense(x).square().sum(), [x, *dense.parameters()]))
+    for a, b in zip(found, expected, strict=True):
+        assert all(map(torch.equal, a, b))
+
+
+def test_gradients_arrive_in_the_order_of_the_dense_model() -> None:
+    """What communicates during backward depends on it."""
+    dense, x = blocks(), torch.randn(2, 16)
+    model, orders = copy.deepcopy(dense), []
+    sparsify(model)
+    for net in (dense, model):
+        order: list[str] = []
+        orders.append(order)
+        for name, p in net.named_parameters():
+            p.register_post_accumulate_grad_hook(lambda _, name=name, order=order: order.append(name))
+        for _ in range(3):
+            net(x).sum().backward()
+    assert orders[0] == orders[1]
+
+
+def test_values_of_two_dtypes_take_turns() -> None:
+    model, x = blocks(), torch.randn(2, 16)
+    dense = masked_twin(model)
+    for half in (True, False, True, False, True):
+
+        def run(net: nn.Module, x: Tensor, half: bool = half) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                return net(x)  # type: ignore[no-any-return]
+
+        assert_same(model, dense, x, run)
+
+
+@pytest.mark.parametrize("change", ["swap", "dtype", "form", "frozen"])
+def test_a_parameter_that_becomes_another_tensor_between_steps_gets_the_gradient(change: str) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(2, 16)
+    dense = masked_twin(model)
+    for net in (model, dense):
+        for _ in range(2):
+            net(x).sum().backward()
+        w = net[0].get_parameter("weight")
+        w.grad = None
+        if change == "swap":
+            torch.utils.swap_tensors(w, nn.Parameter(w.detach().flip(0)))
+        elif change == "dtype":
+            net.double()
+        elif change == "form":
+            w.data = w.data.t().contiguous().t()
+        else:
+            w.requires_grad_(False)
+            net(x).sum().backward()
+            assert w.grad is None
+            w.requires_grad_(True)
+    x = x.double() if change == "dtype" else x
+    assert_same(model, dense, x, lambda net, x: net(x))
 
 
 def test_frozen_and_passes_agree() -> None:

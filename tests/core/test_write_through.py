@@ -74,6 +74,29 @@ def test_a_write_reaches_the_weight_as_it_does_a_parameter(write: str, place: st
     layer = nn.functional.linear(x, keep_largest(model.first._parameters["weight"], "2:4"), model.first.bias)
     expected = nn.functional.linear(layer, keep_largest(shadow, "2:4"), model.second.bias)
     assert torch.equal(found, expected), "what is written during a pass is computed with in the same pass"
+    model.inside = None
+    assert torch.equal(model(x), expected), "and what showed the weight is masked in the next"
+
+
+def test_a_write_leaves_what_was_taken_of_the_value_before() -> None:
+    model, x, taken = Reading(), torch.randn(2, 8), []
+    sparsify(model, "2:4")
+
+    def change(layer: nn.Module) -> None:
+        weight = layer.weight
+        with torch.no_grad():
+            value = layer.weight
+            taken.append((value, value.clone()))
+            weight.mul_(-2)
+
+    for inside in (None, change, None):
+        model.inside = inside
+        found = model(x)
+    ((value, before),) = taken
+    assert torch.equal(value, before)
+    first, second = (keep_largest(layer._parameters["weight"], "2:4") for layer in (model.first, model.second))
+    expected = nn.functional.linear(x, first, model.first.bias)
+    assert torch.equal(found, nn.functional.linear(expected, second, model.second.bias))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -142,14 +165,41 @@ def test_a_write_that_cannot_be_sent_on_raises_at_the_next_use(write: str, recor
     model(torch.randn(2, 8))  # said once
 
 
-def test_a_lost_write_in_a_pass_raises_at_the_next() -> None:
-    model = Reading()
+@pytest.mark.parametrize("recorded", [True, False], ids=["read with gradients", "read without"])
+@pytest.mark.parametrize("write", LOST)
+def test_a_lost_write_in_a_pass_raises_at_the_next(write: str, recorded: bool) -> None:
+    model, x = Reading(), torch.randn(2, 8)
     sparsify(model, "2:4")
-    model.inside = lambda layer: layer.weight[0].zero_()
-    with torch.no_grad():
-        model(torch.randn(2, 8))
+
+    def change(layer: nn.Module) -> None:
+        reader = SimpleNamespace(weight=layer.weight)
+        with torch.no_grad():
+            LOST[write](reader)
+
+    with torch.set_grad_enabled(recorded):
+        model(x)  # whose values serve the next pass
+        model.inside = change
+        model(x)
+        model.inside = None
         with pytest.raises(RuntimeError, match="did not reach the weight"):
-            model(torch.randn(2, 8))
+            model(x)
+        weights = [keep_largest(layer._parameters["weight"], "2:4") for layer in (model.first, model.second)]
+        expected = nn.functional.linear(x, weights[0], model.first.bias)
+        assert torch.equal(model(x), nn.functional.linear(expected, weights[1], model.second.bias))
+
+
+def test_a_lost_write_before_a_read_with_gradients_in_the_same_pass_raises_at_the_next() -> None:
+    model, x = Reading(), torch.randn(2, 8)
+    sparsify(model, "2:4")
+
+    @torch.no_grad()
+    def change(layer: nn.Module) -> None:
+        layer.weight[0].zero_()
+
+    model.inside = change
+    model(x)
+    with pytest.raises(RuntimeError, match="did not reach the weight"):
+        model(x)
 
 
 def test_operations_give_plain_tensors_and_copies_are_plain() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import torch.distributed as dist
 
 from nm_sparsity.core import CheckpointError, DecayChoice, SparsityConfig, SparsityError, choose_decay
 from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line
@@ -117,13 +118,18 @@ def _set_up_log(path: Path) -> None:
     file has all of it."""
     console = logging.StreamHandler(sys.stdout)
     if "LOGLEVEL" not in os.environ:
-        console.addFilter(lambda record: record.levelno > logging.INFO or record.name.startswith(SHOWN))
+        console.addFilter(_is_shown)
     logging.basicConfig(
         format="%(asctime)s | %(levelname)s | %(name)s | %(message)s",
         level=os.environ.get("LOGLEVEL", "INFO").upper(),
         handlers=[console, logging.FileHandler(path, encoding="utf-8")],
         force=True,  # something else may have been imported first
     )
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    return record.levelno > logging.INFO or (first and record.name.startswith(SHOWN))
 
 
 def _check_folder(config: TransformerConfig) -> None:
@@ -153,5 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     train(config, more)
 
 
+if __name__ == "__mp_main__":  # in the processes that fairseq starts, one for each device, with its arguments
+    _set_up_log(Path(sys.argv[sys.argv.index("--save-dir") + 1]) / LOG)
 if __name__ == "__main__":
     sys.exit(main())

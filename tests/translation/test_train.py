@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -234,3 +235,29 @@ def test_ctrl_c_saves_and_ends(
     assert left.value.code == 128 + signal.SIGINT
     assert updates(tmp_path / "checkpoint_last.pt") == 3
     assert caplog.text.count("interrupted at update 3; the same command resumes from") == 1
+
+
+TWO_DEVICES = """
+import torch
+torch.cuda.device_count = lambda: 2
+torch.cuda.get_device_name = lambda device: "none"
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_that_fairseq_starts_log_once(corpus: Path, tmp_path: Path) -> None:
+    """One for each device; here they compute on the CPU."""
+    (tmp_path / "sitecustomize.py").write_text(TWO_DEVICES)
+    where = ["--data", str(corpus), "--out", str(tmp_path / "run")]
+    processes = ["--distributed-world-size", "2", "--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp"]
+    run = subprocess.run(
+        [sys.executable, "-m", train.__name__, "tiny_number_words", *where, *SMALL, "--max-update", "2", *processes],
+        env={**environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{environment()['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for line in ("weights sparse (sr-ste)", "num_updates=2,", "valid on 'valid' subset"):
+        assert run.stdout.count(line) == 1
+    assert "training on 2 devices" in (tmp_path / "run" / "fairseq.log").read_text()

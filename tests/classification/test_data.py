@@ -124,7 +124,7 @@ def test_stratified_covers_everything_once_and_keeps_shares(labels: list[int], s
 def test_augmentation_shifts_and_flips_whole_images() -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(1, 255, (5, 6, 7), dtype=torch.uint8, generator=generator)
-    small = data.SmallImages(images, torch.arange(5), data.Small(8, shift=2, flip=True, mean=0.0, std=1 / 255))
+    small = data.SmallImages(images, torch.arange(5), data.Small(8, 2, True, 0.0, 1 / 255, ()))
     seen = set()
     for seed in range(60):
         batch, labels = small[data.Part([3, 1], seed)]

@@ -304,7 +304,7 @@ def test_generation_makes_each_mask_once(monkeypatch: pytest.MonkeyPatch, tmp_pa
         return call
 
     monkeypatch.setattr(WeightState, "value", counted("alone", WeightState.value))
-    monkeypatch.setattr(Scope, "values", counted("together", Scope.values))
+    monkeypatch.setattr(Scope, "launch", counted("together", Scope.launch))
     prompt = words(0)["input_ids"][None]
     greedy = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(prompt, **greedy)

@@ -240,6 +240,7 @@ def test_ctrl_c_saves_and_ends(
 TWO_DEVICES = """
 import torch
 torch.cuda.device_count = lambda: 2
+torch.cuda.is_available = lambda: False  # which may ask for the count
 torch.cuda.get_device_name = lambda device: "none"
 """
 

@@ -2,8 +2,8 @@
 
 `python -m nm_sparsity.benchmarks.masks`. Every row gives nanoseconds per weight, the ratio to a copy of the weights
 (``clone``, in the same rounds), and the memory traffic, one read and one write of every weight, per second and as a
-fraction of the memory bandwidth. Memory for the result is allocated each time, as in training; on a CPU that is the
-larger part for big matrices.
+fraction of the memory bandwidth. Memory is got as in training: on a CPU ours takes that of results which nobody holds
+any more, and the alternatives allocate theirs each time, which is the larger part for big matrices.
 """
 
 from __future__ import annotations

@@ -190,6 +190,20 @@ def test_a_users_mistake_shows_no_traceback(tmp_path: Path, environment: dict[st
     assert "Traceback" not in done.stderr
 
 
+def as_written(commands: str, folder: Path, environment: dict[str, str]) -> str:
+    """What the commands of a page print in `folder`; they must succeed."""
+    done = subprocess.run(
+        ["bash", "-ec", commands],
+        cwd=folder,
+        env={**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_the_readme_trains_on_ones_own_images_as_written(
     folders: Path, tmp_path: Path, environment: dict[str, str]
@@ -200,17 +214,9 @@ def test_the_readme_trains_on_ones_own_images_as_written(
     small = "--batch-size 6 --epochs 1 --data.image-size 32 --data.workers 0"
     assert "--batch-size 32 --epochs 30" in commands
     folders.rename(tmp_path / "my-images")
-    done = subprocess.run(
-        ["bash", "-ec", commands.replace("--batch-size 32 --epochs 30", small)],
-        cwd=tmp_path,
-        env={**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("my-images/val/n0") == 6
-    assert "19 weights checked, 0 violate their pattern" in done.stdout
+    printed = as_written(commands.replace("--batch-size 32 --epochs 30", small), tmp_path, environment)
+    assert printed.count("my-images/val/n0") == 6
+    assert "19 weights checked, 0 violate their pattern" in printed
 
 
 @pytest.mark.slow
@@ -219,14 +225,6 @@ def test_the_readme_trains_ones_own_model_as_written(tmp_path: Path, environment
     section = text.partition("## Your own model\n")[2]
     (tmp_path / "mine.py").write_text(section.partition("```python\n")[2].partition("```")[0])
     commands = section.partition("```sh\n")[2].partition("```")[0].replace("--out", "--epochs 1 --out")
-    done = subprocess.run(
-        ["bash", "-ec", commands],
-        cwd=tmp_path,
-        env={**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "1 sparse weights verified" in done.stdout
-    assert "most often mistaken for" in done.stdout
+    printed = as_written(commands, tmp_path, environment)
+    assert "1 sparse weights verified" in printed
+    assert "most often mistaken for" in printed

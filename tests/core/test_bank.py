@@ -300,6 +300,15 @@ def test_a_model_is_freed_with_its_last_reference() -> None:
     assert seen, "no cycle keeps weights alive until the collector runs"
 
 
+def run_together(*targets: Callable[[], None]) -> None:
+    """Each in a thread of its own, to the end."""
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def test_two_threads_run_one_model_and_two_models() -> None:
     one, x = blocks(), torch.randn(2, 16)
     dense = masked_twin(one)
@@ -318,11 +327,7 @@ def test_two_threads_run_one_model_and_two_models() -> None:
             two(x).sum().backward()
             optimizer.step()
 
-    threads = [threading.Thread(target=target) for target in (infer, infer, train)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(infer, infer, train)
     assert len(wrong) == 100
     assert not any(wrong)
 
@@ -338,11 +343,7 @@ def test_two_threads_differentiate_one_model() -> None:
             found = torch.autograd.grad(model(x).square().sum(), weights)
             wrong.append(not all(map(torch.equal, found, expected)))
 
-    threads = [threading.Thread(target=differentiate) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(differentiate, differentiate)
     assert len(wrong) == 100
     assert not any(wrong)
 

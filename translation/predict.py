@@ -22,6 +22,7 @@ from nm_sparsity.core.experiments.folders import find_checkpoint
 from nm_sparsity.core.experiments.run import FINALIZED
 from nm_sparsity.translation.corpora import read_lines
 from nm_sparsity.translation.prepare import Prepared, normalize
+from nm_sparsity.translation.recipes import BEST, LAST
 from nm_sparsity.translation.runs import batches, data_of, generate, load_run
 from nm_sparsity.translation.stock import utils
 from nm_sparsity.translation.trainer import read
@@ -60,7 +61,7 @@ def predict(options: Options, sentences: Sequence[str]) -> list[str]:
     Raises:
         SparsityError: if the run or its data cannot be read, or a sentence is too long for the model.
     """
-    checkpoint = find_checkpoint(options.run, ("checkpoint_best.pt", FINALIZED, "checkpoint_last.pt"))
+    checkpoint = find_checkpoint(options.run, (BEST, FINALIZED, LAST))
     payload = read(checkpoint)
     folder = data_of(payload, checkpoint, options.data)
     translates = len(Prepared.read(folder).languages) == 2

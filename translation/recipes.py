@@ -18,6 +18,9 @@ from nm_sparsity.translation.options import as_options
 
 Option = str | int | float | bool
 
+BEST, LAST = "checkpoint_best.pt", "checkpoint_last.pt"
+"""fairseq's checkpoints in a run folder: the best on the validation data, and what it goes on from."""
+
 
 @dataclass(frozen=True)
 class TransformerConfig(RunConfig):
@@ -70,7 +73,7 @@ def checkpoint_of(run: Path) -> Path:
     Raises:
         CheckpointError: if there is none.
     """
-    best, last = run / "checkpoint_best.pt", run / "checkpoint_last.pt"
+    best, last = run / BEST, run / LAST
     if not run.is_dir():
         best = run
     if best.is_file():

@@ -31,11 +31,8 @@ from nm_sparsity.core.experiments.run import CONFIG, ENVIRONMENT, environment, w
 from nm_sparsity.core.training.auto_decay import probe_steps
 from nm_sparsity.translation import PACKAGES, plugin
 from nm_sparsity.translation.prepare import Prepared
-from nm_sparsity.translation.recipes import RECIPES, TransformerConfig, recorded
+from nm_sparsity.translation.recipes import LAST, RECIPES, TransformerConfig, recorded
 from nm_sparsity.translation.stock import train as fairseq_train
-
-LAST = "checkpoint_last.pt"
-"""What fairseq goes on from."""
 
 LOG = "fairseq.log"
 """In a run folder: all that fairseq said."""
@@ -136,9 +133,7 @@ def _check_folder(config: TransformerConfig) -> None:
     """fairseq resumes whatever is in the folder, and would mix two runs into one."""
     trained = (config.folder / LAST).is_file()
     if config.resume and not trained:
-        raise CheckpointError(
-            f"cannot resume: {config.folder} holds no checkpoint_last.pt; leave --resume out to start"
-        )
+        raise CheckpointError(f"cannot resume: {config.folder} holds no {LAST}; leave --resume out to start")
     there = recorded(config.folder)
     if there and trained and (changed := difference(there, config)):
         raise SparsityError(

@@ -24,7 +24,7 @@ from nm_sparsity.core.pattern import NMPattern, Placement
 _ALIGNMENT = 256
 """Each result of a call starts at a multiple of this many entries, so of as many bytes; cuBLAS asks for 256."""
 
-_dtype_of: Any = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_dtype_of: Any = attrgetter("dtype")
 _version: Any = attrgetter("_version")
 
 

@@ -66,8 +66,8 @@ def keep_largest_many(
 def is_plain(w: Tensor) -> bool:
     """Whether nothing but autograd watches: no tracer, mode, transform or tensor subclass, and `w` has memory."""
     return (
-        type(w) in _PLAIN
-        and not _is_compiling()
+        not _is_compiling()
+        and type(w) in _PLAIN
         and not _dispatch_modes()
         and not _transforms_active()
         and forward_ad._current_level < 0

@@ -96,8 +96,7 @@ class Launch:
         """Whose values they are. Kept alive, so that ids stay their own."""
         self.places = places
         """Where each of them stands, by the id of the shadow weight."""
-        weights, writes = [w for w, _ in origins], [state.writes for _, state in origins]
-        self.marks = list(zip(map(_version, weights), map(Tensor.data_ptr, weights), writes, strict=True))
+        self.marks = [(w._version, w.data_ptr(), state.writes) for w, state in origins]
         """What tells, as far as that can be seen, that a weight was written to since: its version counter, its pointer,
         the number of writes that were sent on."""
 
@@ -176,6 +175,7 @@ class _Pass:
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
         self.depth = 1
+        self.launches: list[Launch] = []
         self.kept: dict[torch.dtype, dict[int, Launch]] = {}
         """The latest launch of each value, by dtype and the id of the shadow weight."""
 
@@ -199,11 +199,12 @@ class _Pass:
         else:
             launch = self.scope.launch(w, kept.keys(), dtype)
         kept.update(dict.fromkeys(launch.places, launch))
+        self.launches.append(launch)
         return launch
 
     def close(self) -> None:
         """Note what was written to values that no layer will hand out again."""
-        for launch in set[Launch]().union(*map(dict.values, self.kept.values())):
+        for launch in self.launches:
             launch.note_lost()
 
 
@@ -230,8 +231,8 @@ _trace = _Trace()
 
 def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
     """What a layer hands out for the shadow weight `w`, if a pass of this thread covers it."""
+    key = id(w)
     for running in reversed(_thread.passes):
-        key = id(w)
         launch = running.kept.get(dtype, _NOTHING).get(key)
         if launch is None or launch.marks[launch.places[key]] != (w._version, w.data_ptr(), state.writes):
             launch = running.make(module, name, w, state, dtype)
@@ -249,9 +250,10 @@ def value_in_trace(w: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 def computed_dtype(w: Tensor) -> torch.dtype:
     """The dtype that a product with `w` is computed in here: what autocast would round it to."""
-    if _autocast() and w.dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
+    dtype = w.dtype
+    if _autocast() and dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
         return torch.get_autocast_dtype(w.device.type)
-    return w.dtype
+    return dtype
 
 
 def _begin_trace(scope: Scope) -> None:

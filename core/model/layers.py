@@ -238,7 +238,7 @@ def _not_replaced(layer: SparseLayer, name: str) -> SparsityError:
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
-    if _tracing_graph() or not is_plain(w):
+    if not is_plain(w):
         return _seen(layer, name, w, state)
     dtype = bank.computed_dtype(w)
     if state.lost:

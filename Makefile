@@ -10,7 +10,7 @@ help:
 	@echo "make demo-translation  sparse Transformer, from raw text to BLEU (8 min)"
 	@echo "make demo-detection    sparse Mask R-CNN, to box and mask AP (10 min)"
 	@echo "make bench             the benchmarks that run on this machine"
-	@echo "make test              all tests, in two processes (13 min on two cores)"
+	@echo "make test              all tests, in two processes (13 to 25 min on two cores)"
 	@echo "make test-fast         those that are not marked slow (2 min)"
 	@echo "make test-oldest       core and benchmarks with the oldest supported versions (PYTHON_OLDEST=python3.12)"
 	@echo "make lint              ruff and mypy"

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|classification|detection|translation|core)/[^)]*)\)")
+OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|classification|detection|translation|core|examples)/[^)]*)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

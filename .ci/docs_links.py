@@ -3,7 +3,8 @@
 import re
 from typing import Any
 
-OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+((?:benchmarks|classification|detection|translation|core|examples)/[^)]*)\)")
+FOLDERS = "benchmarks|classification|detection|translation|core|examples"
+OUTSIDE = re.compile(rf"\[([^\]]+)\]\((?:\.\./)+((?:{FOLDERS})/[^)]*)\)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -143,10 +143,11 @@ def step(model: nn.Module, inputs: Tensor, amp: bool, case: Case = Case("", 1)) 
 def kernels(call: Callable[[int], object]) -> tuple[int, int]:
     """(kernel launches, those of ours among them) of one call on a CUDA device, by torch's profiler."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
         call(0)
         torch.cuda.synchronize()
-    names = [e.name for e in seen.events() if "memcpy" not in e.name.lower() and "memset" not in e.name.lower()]
+    device = [e.name for e in seen.events() if e.device_type.name == "CUDA"]  # not the calls to it
+    names = [name for name in device if not name.lower().startswith(("memcpy", "memset"))]
     return len(names), sum(name in OURS for name in names)
 
 

@@ -31,7 +31,7 @@ def pack(name: str, w: Tensor, placement: Placement) -> tuple[Tensor, Tensor]:
     mask = reduction_last(masks.nm_mask(w, pattern, dims), dims).reshape(-1, pattern.m)
     if rows[~mask].count_nonzero():
         raise VerificationError(f"{name} is not {pattern}: finalize the model before packing it")
-    positions = torch.arange(pattern.m).expand_as(mask)[mask].numpy().astype(np.uint32)
+    positions = torch.arange(pattern.m, device="cpu").expand_as(mask)[mask].numpy().astype(np.uint32)
     width = np.arange(_position_bits(pattern.m), dtype=np.uint32)
     bits = np.packbits(((positions[:, None] >> width) & 1).astype(np.uint8))
     return rows[mask].reshape(-1, pattern.n), torch.from_numpy(bits)
@@ -53,7 +53,7 @@ def unpack(values: Tensor, positions: Tensor, placement: Placement, shape: torch
     index = torch.from_numpy((bits.astype(np.int64) << np.arange(width)).sum(1)).reshape(values.shape)
     if index.numel() and (index.max() >= pattern.m or not (index.diff(dim=1) > 0).all()):
         raise ValueError(f"positions are not {pattern.n} different ones below {pattern.m} in rising order")
-    rows = torch.zeros(values.shape[0], pattern.m, dtype=values.dtype).scatter_(1, index, values)
+    rows = values.new_zeros(values.shape[0], pattern.m).scatter_(1, index, values)
     return restore_order(rows, shape, dims).contiguous()
 
 

@@ -44,7 +44,7 @@ class Rows:
         self._programs, first = _programs(groups, groups_per_program(m))
         self._columns = (groups, [inner for _, inner in lines], first, list(places))
         self._whole = not any(count % 16 for count in groups)
-        self._uploads: dict[str, tuple[Sequence[int] | Tensor, Tensor]] = {}
+        self._uploads: dict[tuple[str, int], tuple[Sequence[int] | Tensor, Tensor]] = {}
         self.point([w.data_ptr() for w in weights])
 
     def point(self, weights: Sequence[int]) -> None:
@@ -86,15 +86,16 @@ class Rows:
             )
 
     def _on_device(self, name: str, values: Sequence[int] | Tensor) -> Tensor:
-        """`values` in the device's memory, uploaded when they changed.
+        """`values` in the device's memory, uploaded when they changed, for each stream apart: streams do not wait.
 
         An upload that is captured in a graph happens at its replays only, so it is not kept for other calls.
         """
-        before, uploaded = self._uploads.get(name, (None, None))
+        key = name, stream(self._device)
+        before, uploaded = self._uploads.get(key, (None, None))
         if uploaded is None or not (before is values or (isinstance(values, list) and before == values)):
             uploaded = _upload(values, self._device)
             if not _capturing(self._device):
-                self._uploads[name] = values, uploaded
+                self._uploads[key] = values, uploaded
         elif _capturing(self._device):
             _in_graphs.append(uploaded)
         return uploaded
@@ -150,7 +151,8 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 def _programs(sizes: Sequence[int], per_program: int) -> tuple[Tensor, list[int]]:
     """The row of each program where row i takes `sizes[i]` things, and the first program of each row."""
     counts = [-(-size // per_program) for size in sizes]
-    rows = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(counts))
+    numbers = torch.arange(len(sizes), dtype=torch.int32, device="cpu")
+    rows = torch.repeat_interleave(numbers, torch.tensor(counts, device="cpu"))
     return rows, [0, *accumulate(counts)][:-1]
 
 
@@ -159,7 +161,7 @@ def _upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
 
     What is uploaded then is the graph's own, used and freed in the order of its stream.
     """
-    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64)
+    host = values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.int64, device="cpu")
     if device.type != "cuda":  # Triton's interpreter
         return host
     pinned = host.pin_memory()
@@ -167,6 +169,11 @@ def _upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     if _capturing(device):
         _in_graphs.append(pinned)
     return uploaded
+
+
+def stream(device: torch.device) -> int:
+    """What tells the present stream of a CUDA `device` from its others."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def _capturing(device: torch.device) -> bool:

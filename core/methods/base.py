@@ -164,7 +164,7 @@ class WeightState:
     dims: tuple[int, ...]
     method: Method
     memory: dict[str, Any] = field(default_factory=dict)
-    steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64), compare=False)
+    steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"), compare=False)
     """How many optimizer steps of the run are done, on the weight's device; counted where the method is scheduled."""
     lr_sum: float | Tensor = 0.0
     """Sum of the learning rates of all optimizer steps so far, each times the part of the largest lambda that acted:
@@ -234,7 +234,7 @@ class WeightState:
 
     def value(self, w: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The method's value for the shadow weight `w`, without autograd, rounded to `dtype` if one is given."""
-        if self.steps.device != w.device:
+        if self.method.scheduled and self.steps.device != w.device:
             return replace(self, steps=self.steps.to(w.device)).value(w, dtype)
         value = self.method.value(w, self)
         if self.method.starts_dense:

@@ -30,6 +30,7 @@ from torch.utils.weak import TensorWeakRef
 from nm_sparsity.core import masks
 from nm_sparsity.core.masks import ops
 from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.masks.cuda import stream
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 from nm_sparsity.core.pattern import NMPattern, Placement
@@ -99,6 +100,9 @@ class Launch:
         self.marks = [(w._version, w.data_ptr(), state.writes) for w, state in origins]
         """What tells, as far as that can be seen, that a weight was written to since: its version counter, its pointer,
         the number of writes that were sent on."""
+        device = origins[0][0].device if origins else torch.device("cpu")
+        self.stream = stream(device) if device.type == "cuda" else None
+        """The CUDA stream that they were made on, for which no other waits."""
 
     def note_lost(self) -> None:
         """Note what was written to a value in a way that was not sent on."""
@@ -187,8 +191,9 @@ class _Pass:
     def make(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Launch | None:
         """The value of the shadow weight `w`, if it is one of the scope's, that was not made yet or is stale.
 
-        The first one makes all others with it. What was written to, or is the first that is read in a second dtype (the
-        head of a model that closes autocast for it), is made alone; the next in that dtype makes all that lack it.
+        The first one makes all others with it. What was written to, is read on another stream, or is the first that is
+        read in a second dtype (the head of a model that closes autocast for it), is made alone; the next in that dtype
+        makes all that lack it.
         """
         if w.is_inference() or not self.scope.has(module, name):
             return None
@@ -234,7 +239,11 @@ def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtyp
     key = id(w)
     for running in reversed(_thread.passes):
         launch = running.kept.get(dtype, _NOTHING).get(key)
-        if launch is None or launch.marks[launch.places[key]] != (w._version, w.data_ptr(), state.writes):
+        if (
+            launch is None
+            or launch.marks[launch.places[key]] != (w._version, w.data_ptr(), state.writes)
+            or (launch.stream is not None and launch.stream != stream(w.device))
+        ):
             launch = running.make(module, name, w, state, dtype)
         if launch is not None:
             place = launch.places[key]

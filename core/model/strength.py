@@ -44,8 +44,8 @@ def planned_strength(method: Method, lrs: Sequence[float]) -> float | None:
         return None
     if not isinstance(decay, Schedule):
         return float(decay) * sum(lrs)
-    steps = torch.arange(len(lrs), dtype=torch.float64)
-    return float((decay.at(steps / len(lrs)) * torch.tensor(lrs, dtype=torch.float64)).sum())
+    steps = torch.arange(len(lrs), dtype=torch.float64, device="cpu")
+    return float((decay.at(steps / len(lrs)) * torch.tensor(lrs, dtype=torch.float64, device="cpu")).sum())
 
 
 def _largest_decay(method: Method) -> float:

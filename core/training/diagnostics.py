@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +68,6 @@ class MaskTracker:
         """The names of the sparse weights; the batch follows if tensors were replaced."""
         found = list(sparse_weights(self._model))
         local: list[Tensor] = [p.to_local() if isinstance(p, DTensor) else p for _, p, _ in found]
-        if len(local) != len(self._batch.weights) or not all(map(is_, local, self._batch.weights)):
+        if len(local) != len(self._batch.weights) or not all(map(Tensor.is_set_to, local, self._batch.weights)):
             self._batch = Batch(local, [state.placement for _, _, state in found])
         return [name for name, _, _ in found]

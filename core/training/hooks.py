@@ -46,7 +46,7 @@ class _Weight(NamedTuple):
 
 
 class _Part:
-    """The weights of one method in one parameter group of an optimizer, which are treated together."""
+    """The weights of one method and device in one parameter group of an optimizer, which are treated together."""
 
     def __init__(self, group: int, method: Method, weights: list[_Weight]) -> None:
         self.group = group
@@ -62,12 +62,14 @@ class _Part:
     def is_local(self) -> bool:
         """Whether the batch still has this rank's shards, which ``model.to`` replaces in the same parameters."""
         return not self.sharded or all(
-            _local(w.param, w.state) is local for w, local in zip(self.weights, self.batch.weights, strict=True)
+            # Each look at a shard may be a new tensor.
+            _local(w.param, w.state).is_set_to(shard)
+            for w, shard in zip(self.weights, self.batch.weights, strict=True)
         )
 
     def step(self, optimizer: Optimizer) -> Step:
         """What the method sees of the present step."""
-        if self.method.scheduled:
+        if self.method.scheduled or any(state.memory for state in self.states):
             for state, w in zip(self.states, self.batch.weights, strict=True):
                 state.move_to(w.device)
         group = optimizer.param_groups[self.group]
@@ -99,9 +101,11 @@ class _Part:
             treated = [state for state, grad in zip(self.states, step.grads, strict=True) if grad is not None]
         if self.method.scheduled:
             lr = lr * self.method.decay_share(self.states[0])
-        if isinstance(lr, Tensor) or skipped is not None or isinstance(self.states[0].lr_sum, Tensor):
-            lr = lr if skipped is None else lr * (1 - skipped)
-            sums = self._sums(lr)
+        taken = None if skipped is None else skipped == 0
+        on_device = self.batch.weights[0].device.type != "cpu"  # where a graph may have captured the step
+        if on_device or isinstance(lr, Tensor) or taken is not None or isinstance(self.states[0].lr_sum, Tensor):
+            lr = lr if taken is None else lr * taken
+            sums = self._sums()
             if len(treated) == len(self.states):
                 sums.add_(lr)
             else:
@@ -110,7 +114,7 @@ class _Part:
             for state in treated:
                 state.lr_sum = state.lr_sum + lr
         if self.method.scheduled:
-            done = step.counts if skipped is None else step.counts * (1 - skipped)
+            done = step.counts if taken is None else step.counts * taken
             torch._foreach_add_([state.steps for state in self.states], done)
         if not self.counted:
             for state in treated:
@@ -118,17 +122,17 @@ class _Part:
                 state.preconditioned |= preconditioned
             self.counted = len(treated) == len(self.states)
 
-    def _sums(self, lr: float | Tensor) -> Tensor:
-        """The sums as views of one tensor, so that one launch adds to all; where `lr` lies, if that is a tensor."""
-        first = self.states[0].lr_sum
+    def _sums(self) -> Tensor:
+        """The sums as views of one tensor where the weights lie, so that one launch adds to all."""
+        first, device = self.states[0].lr_sum, self.batch.weights[0].device
         base = first._base if isinstance(first, Tensor) else None
-        device = lr.device if isinstance(lr, Tensor) else None if base is None else base.device
         if (
             base is None
             or base.device != device
             or any(not isinstance(state.lr_sum, Tensor) or state.lr_sum._base is not base for state in self.states)
         ):
-            base = torch.empty(len(self.states), device=device)
+            wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # which other devices may lack
+            base = torch.empty(len(self.states), dtype=wide, device=device)
             for place, state in zip(base.unbind(), self.states, strict=True):
                 place.copy_(state.lr_sum) if isinstance(state.lr_sum, Tensor) else place.fill_(state.lr_sum)
                 state.lr_sum = place
@@ -142,15 +146,16 @@ class _Plan:
         generation = bank.generation()
         self.held = list(_parameters(optimizer))
         groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        found: dict[tuple[int, Method], list[_Weight]] = {}
+        found: dict[tuple[int, Method, torch.device], list[_Weight]] = {}
         seen: set[int] = set()
         for layer in layers.live_layers():
             for name, state in layer.nm_weights.items():
                 param = layer._parameters.get(name)
                 if param is not None and id(param) in groups and id(param) not in seen:
                     seen.add(id(param))
-                    found.setdefault((groups[id(param)], state.method), []).append(_Weight(layer, name, param, state))
-        self.parts = [_Part(group, method, weights) for (group, method), weights in found.items()]
+                    key = groups[id(param)], state.method, param.device
+                    found.setdefault(key, []).append(_Weight(layer, name, param, state))
+        self.parts = [_Part(group, method, weights) for (group, method, _), weights in found.items()]
         places = [(w.layer._parameters, w.name) for part in self.parts for w in part.weights]
         self._holding = bank.Holding(generation, places)
         self.ids = frozenset(groups)
@@ -167,11 +172,11 @@ class _Plan:
         )
 
 
+@torch.no_grad()
 def _plan(optimizer: Optimizer) -> _Plan:
     plan: _Plan | None = optimizer.__dict__.get(_PLAN)
     if plan is None or not plan.holds(optimizer):
-        with torch.no_grad():
-            plan = optimizer.__dict__[_PLAN] = _Plan(optimizer)
+        plan = optimizer.__dict__[_PLAN] = _Plan(optimizer)
         if any(p.element_size() < 4 for part in plan.parts for p in part.batch.weights):
             _warn_half()
     return plan

@@ -28,7 +28,7 @@ def begin(step: Step, method: Method) -> None:
     if method.scheduled:
         fixing = first.steps == first.boundary(max(method.fix_at, method.latest_start))
     else:
-        fixing = torch.tensor(step.moves and any("mask" not in state.memory for state in step.states))
+        fixing = torch.tensor(step.moves and any("mask" not in state.memory for state in step.states), device="cpu")
     if fixing.is_cpu and not fixing:
         return
     step.fixing = fixing

@@ -111,7 +111,7 @@ def restore(held: Held | None, step: Step, method: Method, group: dict[str, Any]
 def _look(held: Held, step: Step, group: dict[str, Any]) -> None:
     """AutoSwitch's test, remembered by all weights of the part alike."""
     first, beta2 = step.states[0], group["betas"][1]
-    memory, after = first.memory, first.steps + 1
+    memory = first.memory
     if not held.moments:
         return
     changes = [(m - b).abs().sum(dtype=torch.float32) for m, b in zip(held.moments, held.before, strict=True)]
@@ -120,12 +120,14 @@ def _look(held: Held, step: Step, group: dict[str, Any]) -> None:
     change, entries = step.over_ranks(
         torch.stack([total, torch.full_like(total, sum(m.numel() for m in held.moments))])
     )
+    moved = change > 0  # a step that the optimizer skipped is none
+    after = first.steps + moved
     if "held" not in memory:
         memory.update(log_change=torch.zeros_like(total), samples=torch.zeros_like(after), held=after < 0)
     mean, count, holds = memory["log_change"], memory["samples"], memory["held"]
     # In place, where a graph that captured the step finds them at the next.
-    mean.mul_(beta2).add_((change / entries).log(), alpha=1 - beta2)
-    count.add_(1)
+    mean.copy_(torch.where(moved, mean.lerp((change / entries).log(), 1 - beta2), mean))
+    count.add_(moved)
     # The average began at 0; dividing by its weights so far corrects that.
     settled = (mean / (1 - beta2**count) < math.log(group["eps"] or 1e-300)) & (after >= first.boundary(AUTO_FROM))
     holds.logical_or_(settled | (after >= first.boundary(AUTO_UNTIL)))

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nm_sparsity.core import MaskTracker, SparsityError, SparsityState, finalize, sparsify
 from nm_sparsity.core.files import checkpoint
 from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.training import hooks
 
 STEPS = 5
 
@@ -193,6 +194,14 @@ def main() -> None:
     units(torch.ones(2, 8)).sum().backward()
     Batch.keep_largest = original
     results["fsdp2 launches"] = launches
+
+    optimizer = torch.optim.SGD(units.parameters(), lr=0.1)
+    batches = []
+    for _ in range(3):
+        units(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        batches.append(hooks.batches(optimizer)[0])
+    results["fsdp2 batches"] = len(set(map(id, batches)))
 
     results["sparsify after fully_shard"] = message(lambda: sparsify(sharded))
     unsparsified = make()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from nm_sparsity.core import decay_strength, finalize, nm_mask, satisfies, sparsify, sparsity_state
+from nm_sparsity.core.model.layers import sparse_weights
 from nm_sparsity.core.model.strength import warn_if_strength_is_weak
 
 LAMBDA, LR = 0.5, 0.25
@@ -184,6 +185,33 @@ def test_scaled_fused_adamw_equals_unscaled() -> None:
         final.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
     for other in final[1:]:
         torch.testing.assert_close(other, final[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"decay": "linear(0, 1)"}, {"fix_at": 0.5}, {"dense_until": 0.3}, {"precondition": 0.3}, {"precondition": "auto"}],
+    ids=str,
+)
+def test_a_run_is_the_same_with_steps_in_it_that_a_fused_optimizer_skips(options: dict[str, Any]) -> None:
+    final = []
+    for overflows in ((), (1, 2, 5)):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(8 * 4, 8))
+        sparsify(net, "2:4", total_steps=8, **options)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        for seed in range(8):
+            for factor in (torch.inf, 1.0) if seed in overflows else (1.0,):
+                optimizer.zero_grad()
+                scaler.scale(loss_of(net, seed) * factor).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        memory = next(sparse_weights(net))[2].memory
+        final.append((list(net.parameters()), decay_strength(net), memory.get("held"), memory.get("log_change")))
+    (weights, *rest), (others, *other_rest) = final
+    for w, other in zip(weights, others, strict=True):
+        torch.testing.assert_close(w, other, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rest, other_rest)
 
 
 def test_lbfgs_sees_the_gradient_of_the_decayed_objective() -> None:

@@ -57,6 +57,10 @@ def test_each_unit_of_fsdp2_is_one_launch(results: dict[str, Any]) -> None:
     assert results["fsdp2 launches"] == [2, 2, 2]
 
 
+def test_what_an_optimizer_holds_under_fsdp2_is_looked_up_once(results: dict[str, Any]) -> None:
+    assert results["fsdp2 batches"] == 1
+
+
 def test_masks_are_tracked_on_local_rows(results: dict[str, Any]) -> None:
     flips, weights = results["fsdp2 tracker"]
     # The 6-input layer stays dense; the others are counted once over both ranks.

@@ -220,6 +220,21 @@ def test_a_mixed_batch_gives_what_each_weight_gives(backend: Backend) -> None:
     assert nothing.update_masks_([]).shape == (0,)
 
 
+def test_the_default_device_is_nobodys_business(backend: Backend) -> None:
+    w, other, target = torch.randn(8, 16), torch.randn(4, 8), torch.zeros(8, 16)
+    mask = oracle_mask(w, 2, 4, (1,))
+    with torch.device("meta"):
+        batch = Batch([w, other], [placement(2, 4)] * 2)
+        kept, _ = batch.keep_largest()
+        batch.add_dropped_([target, None], 0.5)
+        other_mask = batch.nm_mask()[1]
+        apply_masks_([other], [other_mask])
+        changes = batch.update_masks_([mask.clone(), ~other_mask])
+    assert torch.equal(bits(kept), torch.where(mask, bits(w), 0))
+    assert torch.equal(target, 0.5 * torch.where(mask, 0.0, w))
+    assert changes.tolist() == [0, other.numel()]
+
+
 def test_five_thousand_weights() -> None:
     w = awkward((5000, 3, 8))
     weights = [part.t().contiguous().t() if i % 2 else part.clone() for i, part in enumerate(w)]

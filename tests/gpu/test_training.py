@@ -55,7 +55,7 @@ def our_launches(step: Callable[[], object]) -> int:
     """How many of our kernels run in `step`, by the profiler."""
     step()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as seen:
         step()
         torch.cuda.synchronize()
     names = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
@@ -150,18 +150,22 @@ def test_a_tensor_learning_rate_is_never_asked_for_its_value() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"decay": f"linear(0, {LAMBDA})"}, {"fix_at": 0.5}, {"dense_until": 0.3}]
+    [{}, {"method": "s-ste"}, {"decay": f"linear(0, {LAMBDA})"}, {"fix_at": 0.5}, {"dense_until": 0.3}]
+    + [{"method": "decaying"}]
     + [{"precondition": until} for until in (0.3, "auto")],
     ids=str,
 )
-def test_a_whole_step_captured_in_a_graph_and_replayed(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_whole_step_captured_in_a_graph_and_replayed(options: dict[str, Any], tensor_lr: bool) -> None:
     """Phases and schedules go on while it is replayed: 103 steps, three of them before the capture."""
     nets = [blocks(2), blocks(2)]
+    lambda_ = {} if "method" in options else {"decay": LAMBDA}
     for net in nets:
-        sparsify(net, **{"decay": LAMBDA, **options}, total_steps=103 if options else None)
-    optimizers = [
-        torch.optim.AdamW(net.parameters(), lr=torch.tensor(1e-3, device=CUDA), capturable=True) for net in nets
-    ]
+        sparsify(net, **{**lambda_, **options}, total_steps=103 if options else None)
+    optimizers = []
+    for net in nets:
+        lr = torch.tensor(1e-3, device=CUDA) if tensor_lr else 1e-3
+        optimizers.append(torch.optim.AdamW(net.parameters(), lr=lr, capturable=True))
     x = torch.randn(8, 64, device=CUDA)
 
     def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -195,6 +199,57 @@ def test_a_whole_step_captured_in_a_graph_and_replayed(options: dict[str, Any]) 
     for net in nets:
         finalize(net)
         assert verify(net, "2:4")
+
+
+class OnTwoStreams(nn.Module):
+    """Two layers that are computed beside each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(512, 512), nn.Linear(512, 512)
+        self.stream = torch.cuda.Stream()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            torch.cuda._sleep(100_000_000)
+            aside = self.first(x)
+        y = self.second(x)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return y + aside
+
+
+@torch.no_grad()
+def test_streams_do_not_wait_for_each_others_values() -> None:
+    torch.manual_seed(0)
+    forked, plain, x = OnTwoStreams().to(CUDA), blocks(2), torch.randn(8, 512, device=CUDA)
+    expected = masked_twin(forked.first)(x) + masked_twin(forked.second)(x), masked_twin(plain)(x[:, :64])
+    sparsify(forked)
+    sparsify(plain)
+    torch.testing.assert_close(forked(x), expected[0])
+    results = []
+    for pause in (100_000_000, 0):  # the second call begins while the first has made nothing yet
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(pause)
+            results.append(plain(x[:, :64]))
+    torch.cuda.synchronize()
+    for y in results:
+        assert torch.equal(y, expected[1])
+
+
+def test_training_with_the_gpu_as_the_default_device() -> None:
+    nets = [blocks(2), blocks(2)]
+    for net, default in zip(nets, ("cpu", CUDA), strict=True):
+        x = torch.ones(8, 64, device=CUDA)
+        with torch.device(default):
+            sparsify(net, "2:4", method="asp")
+            optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+            for _ in range(3):
+                optimizer.zero_grad()
+                net(x).square().mean().backward()
+                optimizer.step()
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+sum_of_lrs = 0.1
 example = torch.randn(8, 16, dtype=torch.bfloat16, device="cuda" if torch.cuda.is_available() else "cpu")
 def train(model, optimizer):
     model(torch.randn(8, 16)).sum().backward()

@@ -43,7 +43,8 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"there is no file {path}")
     safetensors = _safetensors()
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        # Older versions of safetensors follow torch's default device.
+        with torch.device("cpu"), safetensors.safe_open(path, framework="pt") as file:
             header = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (OSError, ValueError, safetensors.SafetensorError) as error:

@@ -10,7 +10,11 @@ from typing import Any
 from nm_sparsity.core.experiments import plots
 from nm_sparsity.core.experiments.run import ENVIRONMENT, write_json
 from nm_sparsity.core.experiments.study import Choice, Choices, Result, Run, Study, read_json
+from nm_sparsity.core.pattern import NMPattern
 from nm_sparsity.core.table import format_table
+
+DENSITY = "density.png"
+"""The picture of quality over density."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def write_report(study: Study, choices: Choices) -> list[Row]:
             _seeds_table(study, rows),
             "",
             *(f"![{plot.y}]({plot.file})\n" for plot in study.plots),
+            f"![{study.columns[0].header} over density]({DENSITY})\n",
             _about_environments([run["environment"] for run in runs]),
             "The command of every run is in `results.json`, with everything that it measured.\n",
         ]
@@ -162,3 +167,24 @@ def draw(study: Study, rows: Sequence[Row]) -> None:
             title = f"{study.title} {pattern}, {len(study.seeds)} seeds"
             panels[title] = {method: found for method, found in curves.items() if found}
         plots.draw(study.out / plot.file, panels, plot.x, plot.y, plot.linear_below)
+    _draw_over_density(study, rows)
+
+
+def _draw_over_density(study: Study, rows: Sequence[Row]) -> None:
+    """The first column's score over N / M, a line for each method; that of dense is level."""
+    score = study.columns[0]
+    density = {pattern: NMPattern.parse(pattern).density for pattern in study.patterns}
+    series: dict[str, list[plots.Curve]] = {}
+    for method in dict.fromkeys(row.method for row in rows):
+        for seed in study.seeds:
+            values = {
+                density[pattern]: value
+                for row in rows
+                if row.method == method and seed in row.results
+                for pattern in ([row.pattern] if row.pattern else study.patterns)
+                if (value := score.value(row.results[seed])) is not None
+            }
+            if values:
+                series.setdefault(method, []).append(sorted(values.items()))
+    title = f"{study.title}, {len(study.seeds)} seeds"
+    plots.draw(study.out / DENSITY, {title: series}, "density of the sparse weights, N/M", score.header, marker="o")

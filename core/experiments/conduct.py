@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.experiments.command_line import gather_values, present_names
-from nm_sparsity.core.experiments.comparison import Row, draw, results_table, write_report
+from nm_sparsity.core.experiments.comparison import DENSITY, Row, draw, results_table, write_report
 from nm_sparsity.core.experiments.folders import held, make_folder
 from nm_sparsity.core.experiments.run import FINALIZED, write_json
 from nm_sparsity.core.experiments.study import COMMANDS, Choice, Choices, Run, Study, Variant
@@ -76,7 +76,8 @@ def show(study: Study) -> list[Row]:
     rows = conduct(study)
     print(f"\n{results_table(study, rows)}\n")
     print(*study.notes([result for row in rows for result in row.results.values()]), sep="\n")
-    print(f"More in {study.out}: report.md, results.json, {', '.join(plot.file for plot in study.plots)}\n")
+    pictures = [*(plot.file for plot in study.plots), DENSITY]
+    print(f"More in {study.out}: report.md, results.json, {', '.join(pictures)}\n")
     return rows
 
 

@@ -16,6 +16,7 @@ def draw(
     x: str,
     y: str,
     linear_below: float | None = None,
+    marker: str | None = None,
 ) -> None:
     """Write a PNG file of panels side by side on one vertical scale. Needs matplotlib.
 
@@ -25,6 +26,7 @@ def draw(
         x: what lies along the horizontal axes.
         y: what lies along the vertical ones.
         linear_below: makes these logarithmic, but linear below this value, so that they show 0 too.
+        marker: matplotlib's, for series of few points.
     """
     import matplotlib
 
@@ -39,8 +41,11 @@ def draw(
             # Runs that were cut off end earlier than the others.
             at = sorted(set.intersection(*map(set, points)))
             values = [[curve[place] for curve in points] for place in at]
-            (line,) = axis.plot(at, list(map(mean, values)), label=name)
-            axis.fill_between(at, list(map(min, values)), list(map(max, values)), color=line.get_color(), alpha=0.15)
+            (line,) = axis.plot(at, list(map(mean, values)), label=name, marker=marker)
+            band = list(map(min, values)), list(map(max, values))
+            axis.fill_between(at, *band, color=line.get_color(), alpha=0.15)
+            if marker:
+                axis.vlines(at, *band, color=line.get_color(), alpha=0.5)
         axis.set(title=title, xlabel=x, ylabel=y)
         if linear_below is not None:
             axis.set_yscale("symlog", linthresh=linear_below)

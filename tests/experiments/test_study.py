@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy.stats import ttest_rel
 
 from nm_sparsity.core import SparsityError
+from nm_sparsity.core.experiments import plots
 from nm_sparsity.core.experiments.comparison import paired_difference, results_table
 from nm_sparsity.core.experiments.conduct import conduct, study_command
 from nm_sparsity.core.experiments.plots import Curve
@@ -169,6 +171,16 @@ def test_the_report_compares_seed_by_seed(toy: Toy) -> None:
     assert (toy.out / "curves.png").stat().st_size > 5000
 
 
+def test_the_score_over_density_is_drawn(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "draw", lambda path, panels, *_, **__: drawn.update({path.name: panels}))
+    conduct(replace(toy, methods=("dense", "ste"), patterns=("2:4", "1:8")))
+    (series,) = drawn["density.png"].values()
+    assert series["dense"] == [[(0.125, score), (0.5, score)] for score in (90.0, 92.0, 94.0)]
+    assert [[x for x, _ in curve] for curve in series["ste"]] == [[0.125, 0.5]] * 3
+    assert [dict(curve)[0.5] for curve in series["ste"]] == [80.0, 83.0, 84.0]
+
+
 @pytest.mark.parametrize("count", [2, 3, 7, 40])
 def test_paired_intervals_are_those_of_a_paired_t_test(count: int) -> None:
     ours = {seed: (seed * 7919 % 31) / 3 for seed in range(count)}
@@ -238,7 +250,7 @@ def test_the_command_takes_the_option_names_of_the_version_before(toy: Toy, caps
     shown = capsys.readouterr()
     assert "--workers is called --jobs now" in shown.err
     assert ["dense", "-", "10", "1", "-", "104.0", "-"] in [line.split() for line in shown.out.splitlines()]
-    assert "More in elsewhere: report.md, results.json, curves.png" in shown.out
+    assert "More in elsewhere: report.md, results.json, curves.png, density.png" in shown.out
     assert read_json(Path("elsewhere/results.json"))["study"]["jobs"] == 1
 
 

@@ -65,7 +65,7 @@ def _renew(step: Step) -> None:
     fresh = step.batch.nm_mask()
     for i in written:
         state, w = pairs[i]
-        tensors = w, state.memory["mask"].to(w.device), fresh[i]
+        tensors = w, state.memory["mask"], fresh[i]
         values, old, new = (reduction_last(t, state.dims).unflatten(-1, (-1, state.pattern.m)) for t in tensors)
         unfit = (values.ne(0) & ~old).any(-1, keepdim=True)
         state.memory["mask"] = restore_order(torch.where(unfit, new, old).flatten(-2), w.shape, state.dims).contiguous()
@@ -74,6 +74,4 @@ def _renew(step: Step) -> None:
 def _apply(step: Step, targets: Sequence[Tensor | None]) -> None:
     masked = [(t, state.memory) for t, state in zip(targets, step.states, strict=True) if t is not None]
     masked = [(t, memory) for t, memory in masked if "mask" in memory]
-    for t, memory in masked:
-        memory["mask"] = memory["mask"].to(t.device)  # one from a file lies on the CPU
     apply_masks_([t for t, _ in masked], [memory["mask"] for _, memory in masked])

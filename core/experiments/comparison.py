@@ -174,17 +174,12 @@ def _draw_over_density(study: Study, rows: Sequence[Row]) -> None:
     """The first column's score over N / M, a line for each method; that of dense is level."""
     score = study.columns[0]
     density = {pattern: NMPattern.parse(pattern).density for pattern in study.patterns}
-    series: dict[str, list[plots.Curve]] = {}
-    for method in dict.fromkeys(row.method for row in rows):
-        for seed in study.seeds:
-            values = {
-                density[pattern]: value
-                for row in rows
-                if row.method == method and seed in row.results
-                for pattern in ([row.pattern] if row.pattern else study.patterns)
-                if (value := score.value(row.results[seed])) is not None
-            }
-            if values:
-                series.setdefault(method, []).append(sorted(values.items()))
+    points: dict[str, dict[int, dict[float, float]]] = {}
+    for row in rows:
+        for seed, result in row.results.items():
+            if (value := score.value(result)) is not None:
+                at = [density[row.pattern]] if row.pattern else list(density.values())
+                points.setdefault(row.method, {}).setdefault(seed, {}).update(dict.fromkeys(at, value))
+    series = {method: [sorted(curve.items()) for curve in seeds.values()] for method, seeds in points.items()}
     title = f"{study.title}, {len(study.seeds)} seeds"
     plots.draw(study.out / DENSITY, {title: series}, "density of the sparse weights, N/M", score.header, marker="o")

@@ -119,12 +119,6 @@ class Batch:
         first, *rest = changes.values()
         return sum((other.to(first.device) for other in rest), first)
 
-    @torch.no_grad()
-    def keep_largest_into_(self, outs: Sequence[Tensor]) -> None:
-        """Write the masked weights into `outs`, tensors of one dtype shaped like the weights, which may be rounded."""
-        for i in self._into("keep", outs, outs[0].dtype if outs else None):
-            outs[i].copy_(self._reference(reference.keep_largest, i))
-
     def _into(
         self,
         result: str,

@@ -6,7 +6,6 @@ whose `axis` has a size divisible by `m`; callers (`nm_sparsity.core.masks`) hav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ from torch.export._trace import custom_triton_ops_decomposition_disabled
 
 from nm_sparsity.core.masks import cuda, reference
 from nm_sparsity.core.masks.backends import covering, rounds_to
-from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.masks.memory import lines_in_memory
-from nm_sparsity.core.pattern import NMPattern, Placement
 
 _PLAIN = (torch.nn.Parameter, Tensor)
 # Bound once: every read of a sparse weight asks.
@@ -56,13 +53,6 @@ def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return _nm_mask(w, n, m, axis) if is_plain(w) else torch.ops.nm_sparsity.nm_mask(w, n, m, axis)
 
 
-def keep_largest_many(
-    ws: Sequence[Tensor], n: int, m: int, axes: Sequence[int], dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    """`keep_largest` of many weights in one call, each along its own axis: one node of a traced graph."""
-    return torch.ops.nm_sparsity.keep_largest_many(list(ws), n, m, list(axes), dtype)
-
-
 def is_plain(w: Tensor) -> bool:
     """Whether nothing but autograd watches: no tracer, mode, transform or tensor subclass, and `w` has memory."""
     return (
@@ -96,21 +86,11 @@ def _nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return out
 
 
-def _keep_largest_many(
-    ws: list[Tensor], n: int, m: int, axes: list[int], dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    outs = [torch.empty_like(w, dtype=dtype) for w in ws]  # an op's results may not share memory
-    Batch(ws, [Placement(NMPattern(n, m), (axis,)) for axis in axes]).keep_largest_into_(outs)
-    return outs
-
-
 _library = torch.library.Library("nm_sparsity", "DEF")
 _library.define("keep_largest(Tensor w, int n, int m, int axis, ScalarType? dtype=None) -> Tensor")
 _library.define("nm_mask(Tensor w, int n, int m, int axis) -> Tensor")
-_library.define("keep_largest_many(Tensor[] ws, int n, int m, int[] axes, ScalarType? dtype) -> Tensor[]")
 _library.impl("keep_largest", _keep_largest, "CompositeExplicitAutograd")
 _library.impl("nm_mask", _nm_mask, "CompositeExplicitAutograd")
-_library.impl("keep_largest_many", _keep_largest_many, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nm_sparsity::keep_largest", lib=_library)
@@ -123,19 +103,11 @@ def _fake_nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return torch.empty_like(w, dtype=torch.bool)
 
 
-@torch.library.register_fake("nm_sparsity::keep_largest_many", lib=_library)
-def _fake_keep_largest_many(
-    ws: list[Tensor], n: int, m: int, axes: list[int], dtype: torch.dtype | None = None
-) -> list[Tensor]:
-    return [torch.empty_like(w, dtype=dtype) for w in ws]
-
-
 def _straight_through(ctx: Any, grad: Any) -> tuple[Any, None, None, None, None]:
     return grad, None, None, None, None  # autograd itself brings it to the dtype of `w`
 
 
 torch.library.register_autograd("nm_sparsity::keep_largest", _straight_through, lib=_library)
-torch.library.register_autograd("nm_sparsity::keep_largest_many", _straight_through, lib=_library)
 
 
 @torch.library.register_torch_dispatch("nm_sparsity::keep_largest", FunctionalTensorMode, lib=_library)

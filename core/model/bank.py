@@ -8,8 +8,8 @@ there, in the dtype that autocast asks for at that moment; one that is written t
 CPU, where that is dear, memory and tensor objects of a pass serve the next one if nobody holds them any more, no graph
 either.
 
-Under `torch.compile` the same happens while the graph is traced, which then holds one call for all values. There, a
-write to a weight between two reads of it in one pass is not seen.
+Under `torch.compile` there are no passes: each read is a node of the graph, on a GPU a launch of its own in place of
+the one that would cast the weight. So blocks alike share one graph, as those of dense models do.
 """
 
 from __future__ import annotations
@@ -27,13 +27,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import TensorWeakRef
 
-from nm_sparsity.core import masks
-from nm_sparsity.core.masks import ops
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.masks.cuda import stream
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
-from nm_sparsity.core.pattern import NMPattern, Placement
 
 _SCOPE = "_nm_scope"
 _NOTHING: dict[int, Any] = {}
@@ -219,19 +216,7 @@ class _Thread(threading.local):
         self.trained: dict[int, ref[Scope]] = {}
 
 
-class _Trace:
-    """The pass that `torch.compile` is tracing: its values, nodes of the graph, by the id of the shadow weight.
-
-    They are made when the pass begins, for the autocast state of that moment, and only read after that: graphs inside
-    the graph (checkpointed blocks, branches) allow no writes. Other reads get a node of their own.
-    """
-
-    scope: Scope | None = None
-    values: dict[int, Tensor]
-
-
 _thread = _Thread()
-_trace = _Trace()
 
 
 def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
@@ -251,12 +236,6 @@ def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtyp
     return None
 
 
-def value_in_trace(w: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The value of the shadow weight `w` in the graph that is traced, without autograd, if it has one."""
-    value = None if _trace.scope is None else _trace.values.get(id(w))
-    return value if value is not None and value.dtype == dtype else None
-
-
 def computed_dtype(w: Tensor) -> torch.dtype:
     """The dtype that a product with `w` is computed in here: what autocast would round it to."""
     dtype = w.dtype
@@ -265,37 +244,9 @@ def computed_dtype(w: Tensor) -> torch.dtype:
     return dtype
 
 
-def _begin_trace(scope: Scope) -> None:
-    _trace.scope, _trace.values = scope, {}
-    for member in scope.members:
-        w = member.shadow
-        if w is not None and member.state.batched and id(w) not in _trace.values:
-            found = scope.together(w, _trace.values)
-            placements = [state.placement for _, state in found]
-            values = _traced([w.detach() for w, _ in found], placements, computed_dtype(w))
-            _trace.values.update(zip([id(w) for w, _ in found], values, strict=True))
-
-
-def _traced(weights: list[Tensor], placements: list[Placement], dtype: torch.dtype) -> list[Tensor]:
-    """The values as nodes of a graph: one for each pattern, where groups lie along one dimension."""
-    values: dict[int, Tensor] = {}
-    together: dict[NMPattern, list[int]] = {}
-    for i, (pattern, dims) in enumerate(placements):
-        if len(dims) == 1:
-            together.setdefault(pattern, []).append(i)
-        else:
-            values[i] = masks.keep_largest(weights[i], pattern, dims, dtype)
-    for pattern, places in together.items():
-        ws, axes = [weights[i] for i in places], [placements[i].dims[0] for i in places]
-        made = ops.keep_largest_many(ws, pattern.n, pattern.m, axes, dtype)
-        values.update(zip(places, made, strict=True))
-    return [values[i] for i in range(len(weights))]
-
-
 def end_passes() -> None:
     """Forget the values of this thread's passes, those too that an interrupt left open: weights are about to move."""
     _thread.passes.clear()
-    _trace.scope = None
 
 
 def trained() -> list[Scope]:
@@ -346,12 +297,9 @@ def detach(model: nn.Module) -> None:
 
 
 def _open(module: nn.Module, args: tuple[Any, ...]) -> None:
-    scope: Scope = module.__dict__[_SCOPE]
     if torch.compiler.is_dynamo_compiling():
-        if _trace.scope is None or _trace.scope is scope:
-            _begin_trace(scope)
         return
-    _trace.scope = None
+    scope: Scope = module.__dict__[_SCOPE]
     passes = _thread.passes
     if any(running.scope is scope for running in passes) and not _calls_itself(module):
         passes.clear()  # left open by an interrupt, which torch's hooks do not see
@@ -373,11 +321,9 @@ def _calls_itself(module: nn.Module) -> bool:
 
 
 def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    scope: Scope = module.__dict__[_SCOPE]
     if torch.compiler.is_dynamo_compiling():
-        if _trace.scope is scope:
-            _trace.scope, _trace.values = None, {}
         return
+    scope: Scope = module.__dict__[_SCOPE]
     passes = _thread.passes
     if passes and passes[-1].scope is scope:
         passes[-1].depth -= 1

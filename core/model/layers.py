@@ -31,7 +31,6 @@ from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _live: dict[int, ref[SparseLayer]] = {}
-_tracing_graph = torch.compiler.is_dynamo_compiling
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
 _WRAPPERS = {id(inspect.unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
@@ -269,9 +268,6 @@ def _seen(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Tenso
     if type(w) is DTensor:
         return _sharded(layer, name, w, state)
     dtype = bank.computed_dtype(w)
-    traced = bank.value_in_trace(w, dtype) if _tracing_graph() else None
-    if traced is not None:
-        return straight_through(w, traced)
     if state.batched:
         return masks.keep_largest(w, state.pattern, state.dims, dtype)
     return straight_through(w, state.value(w, dtype))

@@ -494,7 +494,7 @@ def test_frozen_and_passes_agree() -> None:
         assert torch.equal(model[0](x), dense[0](x))
 
 
-def test_a_compiled_model_makes_all_values_in_one_call() -> None:
+def test_a_compiled_model_is_one_graph_with_a_node_for_each_value() -> None:
     calls: list[list[str]] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
@@ -505,10 +505,42 @@ def test_a_compiled_model_makes_all_values_in_one_call() -> None:
     dense, x = masked_twin(model), torch.randn(2, 16)
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_same(model, dense, x, lambda net, x: compiled(x) if net is model else net(x))
-    assert calls == [["nm_sparsity.keep_largest_many"]]
-    block = torch.compile(model[1], fullgraph=True, backend=backend)
-    assert torch.equal(block(x), dense[1](x))
-    assert bank._trace.scope is None
+    assert calls == [["nm_sparsity.keep_largest"] * len(list(sparse_weights(model)))]
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_compiled_blocks_alike_share_one_graph(how: str) -> None:
+    """As those of dense models: more graphs than torch allows of one function would leave the others uncompiled."""
+    model = blocks(12)
+    dense, x = masked_twin(model), torch.randn(2, 16, requires_grad=True)
+    graphs = torch._dynamo.testing.CompileCounter()
+    for i, block in enumerate(model):
+        if how == "wrapped":
+            model[i] = torch.compile(block, fullgraph=True, backend=graphs)  # type: ignore[assignment]
+        else:
+            block.compile(fullgraph=True, backend=graphs)
+    assert_same(model, dense, x, lambda net, x: net(x))
+    assert graphs.frame_count == 1
+
+
+def test_a_compiled_forward_sees_what_it_writes_to_a_weight() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.inner(x)
+            with torch.no_grad():
+                self.inner._parameters["weight"].mul_(2)  # type: ignore[union-attr]
+            y: Tensor = self.inner(x) / first
+            return y
+
+    model = Halves()
+    sparsify(model)
+    with torch.no_grad():
+        ratio = torch.compile(model, fullgraph=True, backend="aot_eager")(torch.randn(2, 8))
+    torch.testing.assert_close(ratio, torch.full((2, 8), 2.0))
 
 
 class Tied(nn.Module):

@@ -514,16 +514,6 @@ def test_gradients_pass_straight_through() -> None:
     assert not ops.nm_mask(w, 2, 4, 1).requires_grad
 
 
-def test_gradients_of_many_pass_straight_through() -> None:
-    ws = [torch.randn(4, 8, requires_grad=True), torch.randn(8, 3, requires_grad=True), torch.randn(4, 4)]
-    values = ops.keep_largest_many(ws, 2, 4, [1, 0, 1], torch.bfloat16)
-    for w, value, axis in zip(ws, values, (1, 0, 1), strict=True):
-        assert torch.equal(value, ops.keep_largest(w, 2, 4, axis, torch.bfloat16))
-    (first, second) = torch.autograd.grad(values[0].sum() + 2 * values[1].sum(), ws[:2])
-    assert torch.equal(first, torch.ones(4, 8))
-    assert torch.equal(second, torch.full((8, 3), 2.0))
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # functorch's own
 def test_transforms() -> None:
     w, tangent = torch.randn(4, 8), torch.randn(4, 8)
@@ -569,14 +559,12 @@ def test_opcheck(layout: str) -> None:
     torch.library.opcheck(torch.ops.nm_sparsity.keep_largest.default, (w, 2, 4, axis))
     torch.library.opcheck(torch.ops.nm_sparsity.keep_largest.default, (w, 2, 4, axis, torch.bfloat16))
     torch.library.opcheck(torch.ops.nm_sparsity.nm_mask.default, (w.detach(), 2, 4, axis))
-    torch.library.opcheck(torch.ops.nm_sparsity.keep_largest_many.default, ([w, w.detach()], 2, 4, [axis, axis], None))
 
 
 def test_compiled_training_equals_eager() -> None:
     def loss(w: Tensor, v: Tensor, x: Tensor) -> Tensor:
-        many = ops.keep_largest_many([w, v], 2, 4, [1, 1])
         hidden = torch.relu(x @ ops.keep_largest(w, 2, 4, 1).t()) * ops.nm_mask(w, 2, 4, 1).sum()
-        return (hidden @ many[1].t()).sum() + (x @ many[0].t()).sum()
+        return (hidden @ ops.keep_largest(v, 2, 4, 1).t()).sum()
 
     w, v, x = torch.randn(8, 16, requires_grad=True), torch.randn(4, 8, requires_grad=True), torch.randn(3, 16)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")

@@ -218,17 +218,3 @@ def test_compiled_code_launches_the_kernel_itself(mode: str) -> None:
             compiled(w, x)
         assert not [event.key for event in profile.key_averages() if "nm_sparsity::" in event.key]
         assert any(name.startswith("select") for name in launches(lambda: compiled(w, x)))
-
-
-def test_compiled_many() -> None:
-    def loss(ws: list[Tensor], x: Tensor) -> Tensor:
-        return sum((x @ w.t()).sum() for w in ops.keep_largest_many(ws, 2, 4, [1] * len(ws)))
-
-    ws = [torch.randn(32, 64, device="cuda", requires_grad=True) for _ in range(5)]
-    x = torch.randn(8, 64, device="cuda")
-    compiled = torch.compile(loss, fullgraph=True)
-    for found, expected in zip(
-        torch.autograd.grad(compiled(ws, x), ws), torch.autograd.grad(loss(ws, x), ws), strict=True
-    ):
-        torch.testing.assert_close(found, expected)
-    assert launches(lambda: compiled(ws, x)).count("select_rows") == 1

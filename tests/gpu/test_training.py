@@ -51,15 +51,19 @@ def no_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def our_launches(step: Callable[[], object]) -> int:
-    """How many of our kernels run in `step`, by the profiler."""
+def launches(step: Callable[[], object]) -> list[str]:
+    """The names of the kernels that run in `step`, by the profiler."""
     step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as seen:
         step()
         torch.cuda.synchronize()
-    names = [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(any(ours in name for ours in ("select", "nm_sparsity")) for name in names)
+    return [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def our_launches(step: Callable[[], object]) -> int:
+    """How many of them are ours."""
+    return sum(any(ours in name for ours in ("select", "nm_sparsity")) for name in launches(step))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -269,13 +273,23 @@ def test_compiled_training_equals_eager(mode: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
-def test_a_compiled_forward_is_few_launches() -> None:
-    net = blocks(6)
-    sparsify(net)
-    compiled: Any = torch.compile(net, fullgraph=True)
-    x = torch.randn(8, 64, device=CUDA)
-    compiled(x)
-    assert our_launches(lambda: compiled(x)) <= 4
+def test_compiled_under_autocast_a_mask_is_launched_in_place_of_a_cast() -> None:
+    found = {}
+    for kind in ("dense", "sparse"):
+        net = blocks(6)
+        if kind == "sparse":
+            sparsify(net)
+        compiled: Any = torch.compile(net, fullgraph=True)
+        x = torch.randn(8, 64, device=CUDA)
+
+        def step(compiled: Any = compiled, x: Tensor = x) -> None:
+            with torch.autocast(CUDA, torch.bfloat16):
+                compiled(x).float().sum().backward()
+
+        step()
+        found[kind] = launches(step)
+    assert sum("select" in name for name in found["sparse"]) == 12
+    assert len(found["sparse"]) <= len(found["dense"])
 
 
 def test_peak_memory_under_autocast_is_the_dense_ones() -> None:

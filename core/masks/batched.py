@@ -17,12 +17,16 @@ from torch.autograd.graph import increment_version
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks import reference
 from nm_sparsity.core.masks.backends import backend_of, covering, rounds_to
+from nm_sparsity.core.masks.cuda import capturing, memory_of, stream
 from nm_sparsity.core.masks.groups import reduction_last, restore_order
 from nm_sparsity.core.masks.memory import Lines, is_dense, lie_alike
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 _ALIGNMENT = 256
 """Each result of a call starts at a multiple of this many entries, so of as many bytes; cuBLAS asks for 256."""
+
+_LITTLE = 0.01
+"""The part of a GPU's memory that is kept between calls at most."""
 
 _dtype_of: Any = attrgetter("dtype")
 _version: Any = attrgetter("_version")
@@ -54,18 +58,22 @@ class Batch:
         With `dtype` they are rounded to it as ``.to(dtype)`` rounds; which NaN a NaN becomes is left open. All lie in
         one stretch of memory (one per launch), each a tensor of its own: writing to one leaves the others' version.
 
-        On a CPU the list is lent: once nobody holds it, nor anything in it, the next call returns the very same tensors
-        with their new values. Whoever holds the list may put others that share their memory in their places.
+        The list is lent: once nobody holds it, nor anything in it, the next call returns the very same tensors with
+        their new values. Whoever holds the list may put others that share their memory in their places. On a GPU that
+        goes for one stream, and for no captured graph, which has memory of its own.
         """
         self._refresh()
+        if any(capturing(part.device) for part in self._parts):
+            return self._new(dtype)[0]
+        streams = [stream(part.device) for part in self._parts]
         lent = self._lent.get(dtype)
-        if lent is not None and lent.is_back():
+        if lent is not None and lent.streams == streams and lent.is_back():
             for part, memory in zip(self._parts, lent.memory, strict=True):
                 part.fill("keep", memory)
             return lent.list[0]
         values, memories = self._new(dtype)
-        if not self._others and all(memory.is_cpu and memory.dtype is (dtype or memory.dtype) for memory in memories):
-            self._lent[dtype] = _Lent(values, memories)
+        if not self._others and all(m.dtype is (dtype or m.dtype) and _is_little(m) for m in memories):
+            self._lent[dtype] = _Lent(values, memories, streams)
         return values
 
     @torch.inference_mode(False)  # what is made in a pass may be used outside of inference mode, too
@@ -267,11 +275,13 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 
 
 class _Lent:
-    """The values of one call. On a CPU, new tensors and untouched pages cost more than the masks do."""
+    """The values of one call. On the host, new tensors and untouched pages cost more than the masks do."""
 
-    def __init__(self, values: list[Tensor], memory: list[Tensor]) -> None:
+    def __init__(self, values: list[Tensor], memory: list[Tensor], streams: list[int]) -> None:
         self.list = [values]
         self.memory = memory
+        self.streams = streams
+        """On which memory was made that no other stream may use unasked."""
         self._pointers = list(map(Tensor.data_ptr, values))
         self._holders = sum(map(_holders, memory))
 
@@ -284,6 +294,11 @@ class _Lent:
             and not any(map(_version, self.list[0]))
             and sum(map(_holders, self.memory)) == self._holders
         )
+
+
+def _is_little(memory: Tensor) -> bool:
+    """Whether it may be kept from one call to the next: larger models keep a GPU busy, and need its memory."""
+    return memory.is_cpu or memory.nbytes <= memory_of(memory.device) * _LITTLE
 
 
 def _alone(objects: list[Any]) -> bool:

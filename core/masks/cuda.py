@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from itertools import accumulate, chain
 from typing import Any
@@ -39,9 +39,11 @@ class Rows:
 
     def __init__(self, weights: Sequence[Tensor], lines: Sequence[Lines], places: Sequence[int], n: int, m: int):
         self._device, self._from = weights[0].device, _type(weights[0].dtype)
-        self._form = {"N": n, "M": m, "G": groups_per_program(m), "CONTIGUOUS": lines[0][1] == 1}
+        self._n, self._m, self._contiguous = n, m, lines[0][1] == 1
+        self._compiled: dict[Any, Any] = {}
+        """The compiled kernel of each form of a call: Triton takes longer to find it than to launch it."""
         groups = [outer * inner for outer, inner in lines]
-        self._programs, first = _programs(groups, groups_per_program(m))
+        self._programs, first = _programs(tuple(groups), groups_per_program(m))
         self._columns = (groups, [inner for _, inner in lines], first, list(places))
         self._whole = not any(count % 16 for count in groups)
         self._uploads: dict[tuple[str, int], tuple[Sequence[int] | Tensor, Tensor]] = {}
@@ -66,24 +68,25 @@ class Rows:
 
         if not len(self._programs):
             return
-        on_device = isinstance(scale, Tensor) and scale.device == self._device
-        with torch.cuda.device(self._device):
-            kernels.select_rows[(len(self._programs),)](
+        grid = len(self._programs), 1, 1
+        pointer = scale if isinstance(scale, Tensor) and scale.device == self._device else None
+        aligned = self._aligned and (out is not None or not any(address % 16 for address in places))
+        form = result, dtype, out is None, aligned, changes is None, None if pointer is None else pointer.dtype
+        with _current(self._device):
+            args = (
                 self._on_device("programs", self._programs),
                 self._on_device("table", self._table),
                 self._on_device(result, places),
-                0 if out is None else out.data_ptr(),
-                scale if on_device else float(scale),
-                changes,
-                **self._form,
-                RESULT=RESULTS[result],
-                FROM=self._from,
-                TO=_type(dtype),
-                UNIT=1 if out is None else out.element_size(),
-                ALIGNED=self._aligned and (out is not None or not any(address % 16 for address in places)),
-                COUNTED=changes is not None,
-                SCALE_IS_POINTER=on_device,
+                *(0 if out is None else out.data_ptr(), float(scale) if pointer is None else pointer, changes),
+                *(self._n, self._m, groups_per_program(self._m), RESULTS[result], self._contiguous),
+                *(self._from, _type(dtype), 1 if out is None else out.element_size()),
+                *(aligned, changes is not None, pointer is not None),
             )
+            compiled = self._compiled.get(form)
+            if compiled is None:
+                self._compiled[form] = kernels.select_rows[grid](*args)  # None from Triton's interpreter
+            else:
+                compiled[grid](*args)
 
     def _on_device(self, name: str, values: Sequence[int] | Tensor) -> Tensor:
         """`values` in the device's memory, uploaded when they changed, for each stream apart: streams do not wait.
@@ -94,9 +97,9 @@ class Rows:
         before, uploaded = self._uploads.get(key, (None, None))
         if uploaded is None or not (before is values or (isinstance(values, list) and before == values)):
             uploaded = _upload(values, self._device)
-            if not _capturing(self._device):
+            if not capturing(self._device):
                 self._uploads[key] = values, uploaded
-        elif _capturing(self._device):
+        elif capturing(self._device):
             _in_graphs.append(uploaded)
         return uploaded
 
@@ -117,7 +120,7 @@ def select(
     if not outer:
         return
     launch: Any = torch.library.wrap_triton(kernels.select) if traced else kernels.select
-    with nullcontext() if traced else torch.cuda.device(w.device):
+    with nullcontext() if traced else _current(w.device):
         launch[(-(-outer * inner // per_program),)](
             w,
             out.view(torch.int8) if out.dtype == torch.bool else out,
@@ -136,10 +139,10 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     from nm_sparsity.core.masks import triton_kernel as kernels
 
     sizes, device = [t.numel() for t in targets], targets[0].device
-    programs, first = _programs(sizes, BLOCK)
+    programs, first = _programs(tuple(sizes), BLOCK)
     if len(programs):
         columns = ([t.data_ptr() for t in targets], [t.data_ptr() for t in masks], sizes, first)
-        with torch.cuda.device(device):
+        with _current(device):
             kernels.apply_masks[(len(programs),)](
                 _upload(programs, device),
                 _upload(list(chain(*zip(*columns, strict=True))), device),
@@ -148,7 +151,8 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
             )
 
 
-def _programs(sizes: Sequence[int], per_program: int) -> tuple[Tensor, list[int]]:
+@lru_cache(64)
+def _programs(sizes: tuple[int, ...], per_program: int) -> tuple[Tensor, list[int]]:
     """The row of each program where row i takes `sizes[i]` things, and the first program of each row."""
     counts = [-(-size // per_program) for size in sizes]
     numbers = torch.arange(len(sizes), dtype=torch.int32, device="cpu")
@@ -166,9 +170,14 @@ def _upload(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
         return host
     pinned = host.pin_memory()
     uploaded = pinned.to(device, non_blocking=True)
-    if _capturing(device):
+    if capturing(device):
         _in_graphs.append(pinned)
     return uploaded
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a CUDA `device` has."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def stream(device: torch.device) -> int:
@@ -176,7 +185,15 @@ def stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
-def _capturing(device: torch.device) -> bool:
+def _current(device: torch.device) -> Any:
+    """A block in which `device` is the present one."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures what is launched on `device` now."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -21,6 +21,10 @@ COLUMNS = tl.constexpr(5)
 """Of the table of weights: address, groups, inner, first program, position among the counts of changes."""
 
 
+_RUNTIME = ("programs", "table", "starts", "base", "scale", "changes")
+"""Of `select_rows`: what nothing is compiled for, so that calls of one form have one compiled kernel."""
+
+
 @triton.jit
 def _columns(x, G: tl.constexpr, M: tl.constexpr):
     """(G, M) -> M columns (G,)."""
@@ -142,12 +146,12 @@ def select(
     _select(w, out, 0.0, tl.program_id(0), groups, inner, out, N, M, G, RESULT, CONTIGUOUS, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_RUNTIME)
 def select_rows(
     programs,
     table,
     starts,
-    base,
+    base: tl.int64,
     scale,
     changes,
     N: tl.constexpr,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
@@ -73,7 +74,7 @@ class Method:
         """The fraction of the run at which weights become sparse at the latest."""
         return max(self.dense_until, AUTO_UNTIL if self.precondition == "auto" else float(self.precondition or 0))
 
-    @property
+    @cached_property
     def scheduled(self) -> bool:
         """Whether anything changes over the run, so that its length must be known."""
         return self.starts_dense or bool(self.fix_at) or any(isinstance(v, Schedule) for v in vars(self).values())
@@ -164,6 +165,8 @@ class WeightState:
     dims: tuple[int, ...]
     method: Method
     memory: dict[str, Any] = field(default_factory=dict)
+    batched: bool = field(init=False, compare=False)
+    """Whether values come from `keep_largest`, for all weights of a model at once."""
     steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"), compare=False)
     """How many optimizer steps of the run are done, on the weight's device; counted where the method is scheduled."""
     lr_sum: float | Tensor = 0.0
@@ -187,10 +190,8 @@ class WeightState:
         """The pattern and the reduction dimensions."""
         return Placement(self.pattern, self.dims)
 
-    @property
-    def batched(self) -> bool:
-        """Whether values come from `keep_largest`, for all weights of a model at once."""
-        return type(self.method).value is Method.value and not self.method.starts_dense
+    def __post_init__(self) -> None:
+        self.batched = type(self.method).value is Method.value and not self.method.starts_dense
 
     def move_to(self, device: torch.device) -> None:
         """Take the count and the memory to the weight's `device`: what was made new, or comes from a file, may lie on

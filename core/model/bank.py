@@ -4,9 +4,8 @@
 The outermost call of such a module in a thread is a *pass*: a whole forward, a block that is called by itself, a
 checkpointed block that is recomputed. Where FSDP2 shards the weights of a scope, the calls inside it are passes of
 their own, as each unit is gathered. The first read of a weight in a pass makes the values of all its weights that are
-there, in the dtype that autocast asks for at that moment; one that is written to during the pass is made anew. On a
-CPU, where that is dear, memory and tensor objects of a pass serve the next one if nobody holds them any more, no graph
-either.
+there, in the dtype that autocast asks for at that moment; one that is written to during the pass is made anew. Memory
+and tensor objects of a pass serve the next one if nobody holds them any more, no graph either.
 
 Under `torch.compile` there are no passes: each read is a node of the graph, on a GPU a launch of its own in place of
 the one that would cast the weight. So blocks alike share one graph, as those of dense models do.
@@ -36,6 +35,7 @@ _SCOPE = "_nm_scope"
 _NOTHING: dict[int, Any] = {}
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _CALL = nn.Module._call_impl.__code__
 _generation = object()
 
@@ -100,6 +100,12 @@ class Launch:
         device = origins[0][0].device if origins else torch.device("cpu")
         self.stream = stream(device) if device.type == "cuda" else None
         """The CUDA stream that they were made on, for which no other waits."""
+
+    def is_stale(self, key: int, w: Tensor, state: WeightState) -> bool:
+        """Whether the weight `w` with the id `key` was written to since, or the present stream is another one."""
+        return self.marks[self.places[key]] != (w._version, w.data_ptr(), state.writes) or (
+            self.stream is not None and self.stream != stream(w.device)
+        )
 
     def note_lost(self) -> None:
         """Note what was written to a value in a way that was not sent on."""
@@ -219,16 +225,22 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def ready(w: Tensor, state: WeightState) -> WriteThrough | None:
+    """What a layer hands out for the shadow weight `w`, if the innermost pass of this thread has it already."""
+    passes, key = _thread.passes, id(w)
+    launch = passes[-1].kept.get(computed_dtype(w), _NOTHING).get(key) if passes else None
+    if launch is None or launch.is_stale(key, w, state) or _dispatch_modes():
+        return None
+    place = launch.places[key]
+    return hand_out(launch.values, place, launch.origins[place])
+
+
 def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
     """What a layer hands out for the shadow weight `w`, if a pass of this thread covers it."""
     key = id(w)
     for running in reversed(_thread.passes):
         launch = running.kept.get(dtype, _NOTHING).get(key)
-        if (
-            launch is None
-            or launch.marks[launch.places[key]] != (w._version, w.data_ptr(), state.writes)
-            or (launch.stream is not None and launch.stream != stream(w.device))
-        ):
+        if launch is None or launch.is_stale(key, w, state):
             launch = running.make(module, name, w, state, dtype)
         if launch is not None:
             place = launch.places[key]

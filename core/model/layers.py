@@ -31,6 +31,7 @@ from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _live: dict[int, ref[SparseLayer]] = {}
+_tracing_graph = torch.compiler.is_dynamo_compiling
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
 _WRAPPERS = {id(inspect.unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
@@ -237,6 +238,10 @@ def _not_replaced(layer: SparseLayer, name: str) -> SparsityError:
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
+    if not _tracing_graph() and not state.lost:
+        weight = bank.ready(w, state)
+        if weight is not None:
+            return weight
     if not is_plain(w):
         return _seen(layer, name, w, state)
     dtype = bank.computed_dtype(w)

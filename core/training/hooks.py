@@ -55,6 +55,8 @@ class _Part:
         self.params = [weight.param for weight in weights]
         self.states = [weight.state for weight in weights]
         self.counted = False
+        self.places: list[Tensor] = []
+        """Where the sums of learning rates are kept, once they are on a device."""
         self.sharded = any(isinstance(param, DTensor) for param in self.params)
         self.groups = _sharding_groups(self.params[0])
         self.batch = Batch([_local(w.param, w.state) for w in weights], [w.state.placement for w in weights])
@@ -124,19 +126,24 @@ class _Part:
 
     def _sums(self) -> Tensor:
         """The sums as views of one tensor where the weights lie, so that one launch adds to all."""
-        first, device = self.states[0].lr_sum, self.batch.weights[0].device
-        base = first._base if isinstance(first, Tensor) else None
-        if (
-            base is None
-            or base.device != device
-            or any(not isinstance(state.lr_sum, Tensor) or state.lr_sum._base is not base for state in self.states)
-        ):
-            wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # which other devices may lack
-            base = torch.empty(len(self.states), dtype=wide, device=device)
-            for place, state in zip(base.unbind(), self.states, strict=True):
-                place.copy_(state.lr_sum) if isinstance(state.lr_sum, Tensor) else place.fill_(state.lr_sum)
-                state.lr_sum = place
+        places = [state.lr_sum for state in self.states]
+        if not self.places or not all(map(is_, places, self.places)):
+            self.places = self._side_by_side()
+        base: Tensor = self.places[0]._base  # type: ignore[assignment]
         return base
+
+    def _side_by_side(self) -> list[Tensor]:
+        sums, device = [state.lr_sum for state in self.states], self.batch.weights[0].device
+        placed = [t for t in sums if isinstance(t, Tensor) and t.device == device]
+        bases = {id(t._base): t._base for t in placed}
+        if len(placed) == len(sums) and [base.numel() for base in bases.values() if base is not None] == [len(sums)]:
+            return placed  # of an earlier plan: a graph that captured a step may add to them
+        wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # which other devices may lack
+        places = list(torch.empty(len(sums), dtype=wide, device=device).unbind())
+        for place, before, state in zip(places, sums, self.states, strict=True):
+            place.copy_(before) if isinstance(before, Tensor) else place.fill_(before)
+            state.lr_sum = place
+        return places
 
 
 class _Plan:

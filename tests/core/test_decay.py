@@ -463,6 +463,18 @@ def test_a_learning_rate_that_is_a_tensor_is_added_up_beside_it() -> None:
     assert state == pytest.approx({"0.weight": LR * 1.875, "2.weight": LR * 1.75, "4.weight": LR * 1.875})
 
 
+def test_an_optimizer_of_some_weights_counts_for_those_alone() -> None:
+    """After one of all, whose sums lie side by side where the learning rate is a tensor."""
+    net = make_net("sr-ste")
+    for held in (net, net[2]):
+        optimizer = torch.optim.SGD(held.parameters(), lr=torch.tensor(LR))
+        optimizer.zero_grad()
+        loss_of(net).backward()
+        optimizer.step()
+    state = {name: float(memory["lr_sum"]) for name, memory in sparsity_state(net).items()}
+    assert state == pytest.approx({"0.weight": LR, "2.weight": 2 * LR, "4.weight": LR})
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_threads_that_train_and_make_models_do_not_meet(shared: bool) -> None:
     """At a switch interval of a microsecond; each thread's result equals the one it has alone."""

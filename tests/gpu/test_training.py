@@ -205,6 +205,47 @@ def test_a_whole_step_captured_in_a_graph_and_replayed(options: dict[str, Any], 
         assert verify(net, "2:4")
 
 
+def test_eager_passes_and_a_captured_one_keep_their_values_apart() -> None:
+    net, x = blocks(2), torch.randn(8, 64, device=CUDA)
+    sparsify(net)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            net(x).sum().backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = net(x)
+        captured.sum().backward()
+    for _ in range(3):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.normal_()
+        eager = net(x)
+        graph.replay()
+        assert torch.equal(captured, eager)
+        eager.sum().backward()
+
+
+def test_values_of_a_small_model_serve_the_next_pass() -> None:
+    net, x = blocks(2), torch.randn(8, 64, device=CUDA)
+    sparsify(net)
+    read: list[Tensor] = []
+    net[1].register_forward_pre_hook(lambda block, args: read.append(block.up.weight))
+    net(x).sum().backward()
+    addresses = [read.pop().data_ptr()]
+    for _ in range(2):
+        net(x).sum().backward()
+        addresses.append(read.pop().data_ptr())
+    held = net(x)
+    kept = read.pop().data_ptr()
+    net(x)
+    assert addresses == [kept] * 3
+    assert read.pop().data_ptr() != kept, "the graph of an output needs the first values"
+    del held
+
+
 class OnTwoStreams(nn.Module):
     """Two layers that are computed beside each other."""
 

@@ -9,6 +9,7 @@ from itertools import chain
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -59,21 +60,19 @@ class Batch:
         one stretch of memory (one per launch), each a tensor of its own: writing to one leaves the others' version.
 
         The list is lent: once nobody holds it, nor anything in it, the next call returns the very same tensors with
-        their new values. Whoever holds the list may put others that share their memory in their places. On a GPU that
-        goes for one stream, and for no captured graph, which has memory of its own.
+        their new values. Whoever holds the list may put others that share their memory in their places.
         """
         self._refresh()
-        if any(capturing(part.device) for part in self._parts):
-            return self._new(dtype)[0]
-        streams = [stream(part.device) for part in self._parts]
-        lent = self._lent.get(dtype)
-        if lent is not None and lent.streams == streams and lent.is_back():
+        lends = all(_lends(part.device) for part in self._parts)
+        lent = self._lent.get(dtype) if lends else None
+        if lent is not None and lent.is_back():
             for part, memory in zip(self._parts, lent.memory, strict=True):
                 part.fill("keep", memory)
             return lent.list[0]
         values, memories = self._new(dtype)
-        if not self._others and all(m.dtype is (dtype or m.dtype) and _is_little(m) for m in memories):
-            self._lent[dtype] = _Lent(values, memories, streams)
+        if lends and not self._others and all(m.dtype is (dtype or m.dtype) and _is_little(m) for m in memories):
+            self._lent[dtype] = _Lent(values, memories)
+            _register(self)
         return values
 
     @torch.inference_mode(False)  # what is made in a pass may be used outside of inference mode, too
@@ -277,11 +276,9 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 class _Lent:
     """The values of one call. On the host, new tensors and untouched pages cost more than the masks do."""
 
-    def __init__(self, values: list[Tensor], memory: list[Tensor], streams: list[int]) -> None:
+    def __init__(self, values: list[Tensor], memory: list[Tensor]) -> None:
         self.list = [values]
         self.memory = memory
-        self.streams = streams
-        """On which memory was made that no other stream may use unasked."""
         self._pointers = list(map(Tensor.data_ptr, values))
         self._holders = sum(map(_holders, memory))
 
@@ -294,6 +291,36 @@ class _Lent:
             and not any(map(_version, self.list[0]))
             and sum(map(_holders, self.memory)) == self._holders
         )
+
+
+_lenders: dict[int, ref[Batch]] = {}
+"""The batches that have lent values."""
+
+
+def _register(batch: Batch) -> None:
+    key = id(batch)
+    _lenders[key] = ref(batch, lambda _: _lenders.pop(key, None))
+
+
+_streams: dict[torch.device, int | None] = {}
+"""The stream of each device that values were last made on; None for one that was captured."""
+
+
+def _lends(device: torch.device) -> bool:
+    """Whether values may be lent on the present stream of `device`. On a new stream all that was lent is let go.
+
+    The memory belongs to the stream it was made on, and so do the nodes of autograd that the values keep alive: on
+    another stream they wait for the first, which ends the capture of a graph.
+    """
+    if device.type != "cuda":
+        return True
+    now = None if capturing(device) else stream(device)
+    if now is None or _streams.get(device) != now:
+        for reference in list(_lenders.values()):
+            if (batch := reference()) is not None:
+                batch._lent = {}
+    _streams[device] = now
+    return now is not None
 
 
 def _is_little(memory: Tensor) -> bool:

@@ -35,6 +35,7 @@ _SCOPE = "_nm_scope"
 _NOTHING: dict[int, Any] = {}
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_is_tracing = torch.compiler.is_dynamo_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _CALL = nn.Module._call_impl.__code__
 _generation = object()
@@ -127,6 +128,8 @@ class Scope:
         self._places: dict[int, int] = {}
         self._batch = Batch([], [])
         self._launch = threading.Lock()  # two threads may run one model
+        self.inside: set[Scope] = set()
+        """Scopes that were found to lie in this one."""
         self.left_out = 0
         """For the watchdog: optimizer steps in a row that left the weights out,"""
         self.gradient: TensorWeakRef | None = None
@@ -143,6 +146,10 @@ class Scope:
         if not self._keys:
             self._keys = {(id(member.module), member.name) for member in self.members}
         return (id(module), name) in self._keys
+
+    def covers(self, other: Scope) -> bool:
+        """Whether it has the weights of another one."""
+        return self.has(other.members[0].module, other.members[0].name)
 
     def holding(self) -> Holding:
         """What the members' modules hold now."""
@@ -309,15 +316,19 @@ def detach(model: nn.Module) -> None:
 
 
 def _open(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if torch.compiler.is_dynamo_compiling():
+    if _is_tracing():
         return
     scope: Scope = module.__dict__[_SCOPE]
     passes = _thread.passes
+    if passes and scope in passes[-1].scope.inside and not passes[-1].sharded:
+        return  # most calls: a block in the pass of its model
     if any(running.scope is scope for running in passes) and not _calls_itself(module):
         passes.clear()  # left open by an interrupt, which torch's hooks do not see
     if passes and passes[-1].scope is scope:
         passes[-1].depth += 1
-    elif not passes or passes[-1].sharded or not _covers(passes[-1].scope, scope):
+    elif passes and passes[-1].scope.covers(scope) and not passes[-1].sharded:
+        passes[-1].scope.inside.add(scope)
+    else:
         passes.append(_Pass(scope))
         if torch.is_grad_enabled():
             _thread.trained[id(scope)] = ref(scope)
@@ -333,7 +344,7 @@ def _calls_itself(module: nn.Module) -> bool:
 
 
 def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if torch.compiler.is_dynamo_compiling():
+    if _is_tracing():
         return
     scope: Scope = module.__dict__[_SCOPE]
     passes = _thread.passes
@@ -341,8 +352,3 @@ def _close(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passes[-1].depth -= 1
         if not passes[-1].depth:
             passes.pop().close()
-
-
-def _covers(outer: Scope, inner: Scope) -> bool:
-    first = inner.members[0]
-    return outer.has(first.module, first.name)

@@ -1,4 +1,4 @@
-"""The cost of sparse training: a dense step against STE and SR-STE, ours and the way of the paper's published code.
+"""The cost of sparse training: a dense step against STE, SR-STE and S-STE, and the way of SR-STE's published code.
 
 `python -m nm_sparsity.benchmarks.training`. The variants take their steps in turn; the ratio to the dense step is the
 median over the rounds, with quartiles. On a GPU, the time that the host takes to launch a step and the number of its
@@ -65,6 +65,7 @@ VARIANTS: dict[str, Callable[[nn.Module, Sequence[str]], object]] = {
     "dense": lambda model, exclude: None,
     "STE": lambda model, exclude: sparsify(model, PATTERN, method="ste", exclude=exclude),
     "SR-STE": lambda model, exclude: sparsify(model, PATTERN, method="sr-ste", decay=DECAY, exclude=exclude),
+    "S-STE": lambda model, exclude: sparsify(model, PATTERN, method="s-ste", exclude=exclude),
     "SR-STE, published code": published,
 }
 

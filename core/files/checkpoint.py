@@ -42,7 +42,7 @@ def split(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> tupl
     for name, param, weight in sparse_weights(model):
         shadow = _whole(state[name]).detach()
         value = weight.value(shadow)
-        if weight.batched or torch.equal(value, masks.keep_largest(shadow, weight.pattern, weight.dims)):
+        if weight.selects or torch.equal(value, masks.keep_largest(shadow, weight.pattern, weight.dims)):
             dropped[name] = shadow[~masks.nm_mask(shadow, weight.pattern, weight.dims)]
         else:
             shadows[name] = shadow

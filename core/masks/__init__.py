@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.masks import ops
+from nm_sparsity.core.masks import ops, reference
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.masks.groups import Dims, reduction_last, reduction_size, restore_order
 from nm_sparsity.core.pattern import NMPattern, Placement
@@ -31,6 +31,13 @@ def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,), dtype: 
     if len(dims) == 1:
         return ops.keep_largest(w, n, m, dims[0], dtype)
     return restore_order(ops.keep_largest(reduction_last(w, dims), n, m, w.dim() - len(dims), dtype), w.shape, dims)
+
+
+def soft_threshold(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,), scale: float | Tensor = 1.0) -> Tensor:
+    """`scale` times `keep_largest` brought towards zero by the largest magnitude that each group drops; no gradient."""
+    n, m = _check(w, pattern, dims)
+    flat = reference.soft_threshold(reduction_last(w.detach(), dims), n, m, w.dim() - len(dims), scale)
+    return restore_order(flat, w.shape, dims)
 
 
 def nm_mask(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from types import ModuleType
@@ -51,7 +52,7 @@ class Batch:
         """Weights that no compiled kernel covers."""
         self._order: list[int] = []
         """Where each weight's result stands among the parts' and then the others'."""
-        self._lent: dict[torch.dtype | None, _Lent] = {}
+        self._lent: dict[tuple[str, torch.dtype | None], _Lent] = {}
 
     def keep_largest(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The masked weights, detached, in the shapes and strides of the weights.
@@ -62,32 +63,45 @@ class Batch:
         The list is lent: once nobody holds it, nor anything in it, the next call returns the very same tensors with
         their new values. Whoever holds the list may put others that share their memory in their places.
         """
+        return self._values("keep", dtype)
+
+    def soft_threshold(self, scales: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+        """As `keep_largest`, of `reference.soft_threshold` of each weight times its scale, a 0-dim tensor."""
+        return self._values("soft", dtype, scales)
+
+    def _values(self, result: str, dtype: torch.dtype | None, scales: Sequence[Tensor] = ()) -> list[Tensor]:
         self._refresh()
         lends = all(_lends(part.device) for part in self._parts)
-        lent = self._lent.get(dtype) if lends else None
+        lent = self._lent.get((result, dtype)) if lends else None
         if lent is not None and lent.is_back():
             for part, memory in zip(self._parts, lent.memory, strict=True):
-                part.fill("keep", memory)
+                part.fill(result, memory, scales)
             return lent.list[0]
-        values, memories = self._new(dtype)
+        values, memories = self._new(result, dtype, scales)
         if lends and not self._others and all(m.dtype is (dtype or m.dtype) and _is_little(m) for m in memories):
-            self._lent[dtype] = _Lent(values, memories)
+            self._lent[result, dtype] = _Lent(values, memories)
             _register(self)
         return values
 
     @torch.inference_mode(False)  # what is made in a pass may be used outside of inference mode, too
     @torch.no_grad()
-    def _new(self, dtype: torch.dtype | None) -> tuple[list[Tensor], list[Tensor]]:
-        """`keep_largest` in new tensors, and the memory of each launch that they lie in."""
+    def _new(
+        self, result: str, dtype: torch.dtype | None, scales: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The values in new tensors, and the memory of each launch that they lie in."""
         made, memories = [], []
         for part in self._parts:
             target = part.dtype if dtype is None else dtype
-            memory = part.fill("keep", part.new(target if rounds_to(part.dtype, target) else part.dtype))
+            memory = part.new(target if rounds_to(part.dtype, target) else part.dtype)
+            part.fill(result, memory, scales)
             made += [value if value.dtype is target else value.to(target) for value in part.results(memory)]
             memories.append(memory)
         for i in self._others:
             w = self.weights[i]
-            made.append(_like(w, self._reference(reference.keep_largest, i)).to(dtype or w.dtype).data)
+            function = (
+                reference.keep_largest if result == "keep" else partial(reference.soft_threshold, scale=scales[i])
+            )
+            made.append(_like(w, self._reference(function, i)).to(dtype or w.dtype).data)
         return [made[k] for k in self._order], memories
 
     @torch.no_grad()
@@ -215,9 +229,10 @@ class _Part:
         """Memory for a result of every weight."""
         return torch.empty(self._size, dtype=dtype, device=self.device)
 
-    def fill(self, result: str, memory: Tensor) -> Tensor:
-        """Write the `result` of every weight into `memory`, and return it."""
-        self.rows.run(result, memory, self._starts, memory.dtype)
+    def fill(self, result: str, memory: Tensor, scales: Sequence[Tensor] = ()) -> Tensor:
+        """Write the `result` of every weight into `memory`, and return it; `scales` are those of all the batch's."""
+        numbers = [scales[i].to(self.device, torch.float32) for i in self.places] if scales else []
+        self.rows.run(result, memory, self._starts, memory.dtype, list(map(Tensor.data_ptr, numbers)) or 0.0)
         return memory
 
     def results(self, memory: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nm_sparsity.core.masks.memory import TYPES, Lines
 
-RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3}
+RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3, "soft": 4}
 _NUMBER = {dtype: number for number, dtype in enumerate(TYPES)}
 
 
@@ -24,17 +24,19 @@ def library() -> ctypes.CDLL | None:
     """The compiled kernel, or None (with one warning) where the package was installed without a compiler."""
     folder = Path(__file__).parent
     path = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()), None)
-    if path is None:
+    kernel = None if path is None else ctypes.CDLL(str(path))
+    if kernel is None or not hasattr(kernel, "nm_run_rows"):
+        reason = "missing (no C++ compiler at install time?)" if kernel is None else "an older one: install again"
         warnings.warn(
-            "nm_sparsity's compiled CPU kernel is missing (no C++ compiler at install time?): "
+            f"nm_sparsity's compiled CPU kernel is {reason}: "
             "masks are computed in pure PyTorch, with the same result but several times slower",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-    kernel = ctypes.CDLL(str(path))
     i, i64, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    kernel.nm_select_rows.argtypes = [i, i, i, i, i, ctypes.c_float, i64, address, i64, i64, *[address] * 5, i]
+    form = i, i, i, i, i, ctypes.c_float
+    kernel.nm_run_rows.argtypes = [*form, address, i64, address, i64, i64, *[address] * 5, i]
     return kernel
 
 
@@ -64,24 +66,26 @@ class Rows:
         out: Tensor | None,
         places: Sequence[int],
         dtype: torch.dtype,
-        scale: float | Tensor = 0.0,
+        scale: float | Tensor | Sequence[int] = 0.0,
         changes: Tensor | None = None,
     ) -> None:
-        """Compute `result`, "keep", "mask" or "add", of all weights.
+        """Compute `result`, "keep", "soft", "mask" or "add", of all weights.
 
         Args:
-            result: "keep" writes the masked weights, "mask" their masks, "add" adds `scale` times what is dropped.
+            result: "keep" writes the masked weights, "soft" `reference.soft_threshold` times `scale`, "mask" the masks,
+                "add" adds `scale` times what is dropped.
             out: where the results lie, or None if `places` says it alone.
             places: the element of `out` where each result starts; without `out` their addresses, 0 for none.
             dtype: of the results.
-            scale: for "add".
+            scale: for "add" and "soft"; for "soft" the addresses of an fp32 number for each weight.
             changes: int64, takes the number of entries of each mask that changed.
         """
         base, unit = (0, 1) if out is None else (out.data_ptr(), out.element_size())
-        starts = array("q", places)
-        _select_rows(
-            *(RESULTS[result], self._type, _NUMBER.get(dtype, 0), *self._form, float(scale), len(starts)),
-            *(_address(self._weights), base, unit, _address(starts)),
+        starts, scales = array("q", places), array("q", scale if isinstance(scale, Sequence) else ())
+        _run_rows(
+            *(RESULTS[result], self._type, _NUMBER.get(dtype, 0), *self._form),
+            *(0.0 if isinstance(scale, Sequence) else float(scale), _address(scales) if scales else None),
+            *(len(starts), _address(self._weights), base, unit, _address(starts)),
             *(_address(self._outer), _address(self._inner), _address(self._places)),
             *(None if changes is None else changes.data_ptr(), torch.get_num_threads()),
         )
@@ -96,16 +100,16 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the entries of `targets`, of one element size, that `masks` drop; both lie in memory alike."""
     kept, starts = (array("q", [t.data_ptr() for t in tensors]) for tensors in (masks, targets))
     sizes, ones = array("q", [t.numel() for t in targets]), array("q", [1]) * len(targets)
-    _select_rows(
-        *(RESULTS["apply"], 0, targets[0].element_size(), 1, 0, 0.0, len(targets), _address(kept), 0, 1),
+    _run_rows(
+        *(RESULTS["apply"], 0, targets[0].element_size(), 1, 0, 0.0, None, len(targets), _address(kept), 0, 1),
         *(_address(starts), _address(sizes), _address(ones), None, None, torch.get_num_threads()),
     )
 
 
-def _select_rows(*args: float | None) -> None:
+def _run_rows(*args: float | None) -> None:
     kernel = library()
     assert kernel is not None, "callers ask `available` first"
-    failed = kernel.nm_select_rows(*args)
+    failed = kernel.nm_run_rows(*args)
     assert not failed, f"no kernel for {args}"
 
 

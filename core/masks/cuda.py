@@ -17,7 +17,7 @@ from nm_sparsity.core.masks.memory import Lines
 BLOCK, LEAST_GROUPS = 2048, 128
 """Weights a program handles, 16 a thread; at least one group a thread."""
 
-RESULTS = {"keep": 0, "mask": 1, "add": 2}
+RESULTS = {"keep": 0, "mask": 1, "add": 2, "soft": 4}
 
 _in_graphs: list[Tensor] = []
 """What a captured CUDA graph reads whenever it is replayed: it lives as long as the process."""
@@ -60,7 +60,7 @@ class Rows:
         out: Tensor | None,
         places: Sequence[int],
         dtype: torch.dtype,
-        scale: float | Tensor = 0.0,
+        scale: float | Tensor | Sequence[int] = 0.0,
         changes: Tensor | None = None,
     ) -> None:
         """See `cpu.Rows.run`."""
@@ -69,6 +69,8 @@ class Rows:
         if not len(self._programs):
             return
         grid = len(self._programs), 1, 1
+        if isinstance(scale, Sequence):
+            scale = self._on_device("scales", scale)
         pointer = scale if isinstance(scale, Tensor) and scale.device == self._device else None
         aligned = self._aligned and (out is not None or not any(address % 16 for address in places))
         form = result, dtype, out is None, aligned, changes is None, None if pointer is None else pointer.dtype

@@ -25,7 +25,7 @@
 
 namespace {
 
-enum Result { KEEP, MASK, ADD_DROPPED, APPLY_MASK };
+enum Result { KEEP, MASK, ADD_DROPPED, APPLY_MASK, SOFT };
 enum Type { FLOAT32, BFLOAT16, FLOAT16 };
 
 INLINE float as_float(uint32_t bits) {
@@ -231,6 +231,33 @@ INLINE int write(const typename From::Bits* __restrict w, const typename From::K
     return changed;
 }
 
+// Writes `scale` times what is kept, brought towards zero by the entry of its group that `more` keeps and `kept` does not.
+template <int M, class From, class To>
+INLINE void write_soft(const typename From::Bits* __restrict w, const typename From::Key* __restrict kept,
+                       const typename From::Key* __restrict more, typename To::Bits* __restrict out, int64_t inner, int na,
+                       int nb, float scale) {
+    using Bits = typename From::Bits;
+    constexpr Bits SIZE = Bits(~(Bits(1) << (8 * sizeof(Bits) - 1)));
+    const auto lines = [=](auto stride, auto nb) __attribute__((always_inline)) {
+        for (int a = 0; a < na; a++)
+            for (int b = 0; b < nb; b++) {
+                const int64_t at = a * M * stride + b, in = a * M * nb + b;
+                Bits threshold = 0;
+                for (int j = 0; j < M; j++)
+                    threshold |= w[at + j * stride] & SIZE & Bits(more[in + j * nb] & ~kept[in + j * nb]);
+                for (int j = 0; j < M; j++) {
+                    const Bits bits = w[at + j * stride];
+                    const float rest = From::load(bits & SIZE) - From::load(threshold);
+                    const uint32_t soft = as_bits((From::load(bits) < 0 ? -rest : rest) * scale);
+                    out[at + j * stride] = To::round(as_float(kept[in + j * nb] ? soft : 0));
+                }
+            }
+    };
+    using One = std::integral_constant<int, 1>;
+    if (inner == 1) lines(One{}, One{});
+    else lines(inner, nb);
+}
+
 // The tile of the groups (a0 .. a0 + na, b0 .. b0 + nb); how many entries of the mask changed.
 template <int M, class From, class To, Result RESULT>
 INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
@@ -242,13 +269,23 @@ INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
     // The lines of the result are on their way while the ranks are computed: stores alone are not fetched ahead.
     if (nb == inner)
         for (int64_t p = 0; p < UNIT * na * M * nb; p += 64) __builtin_prefetch(weight.out + UNIT * start + p, 1);
-    constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
-    constexpr bool FEW = M <= 4;  // their keys and ranks stay in registers
-    if (FITS && inner == 1) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, weight.n);
-    else if (FEW && nb >= LANES<Bits>)
-        for (int a = 0; a < na; a++)
-            keep_side_by_side<FEW ? M : 2, From>(w + a * M * inner, kept + a * M * nb, inner, nb, weight.n);
-    else keep_tile<M, From>(w, kept, inner, na, nb, weight.n);
+    const auto keep = [=](typename From::Key* kept, int n) __attribute__((always_inline)) {
+        constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
+        constexpr bool FEW = M <= 4;  // their keys and ranks stay in registers
+        if (FITS && inner == 1) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, n);
+        else if (FEW && nb >= LANES<Bits>)
+            for (int a = 0; a < na; a++)
+                keep_side_by_side<FEW ? M : 2, From>(w + a * M * inner, kept + a * M * nb, inner, nb, n);
+        else keep_tile<M, From>(w, kept, inner, na, nb, n);
+    };
+    keep(kept, weight.n);
+    if constexpr (RESULT == SOFT) {
+        alignas(64) typename From::Key more[M * tile_groups<From>(M)];
+        keep(more, weight.n + 1);
+        write_soft<M, From, To>(w, kept, more, reinterpret_cast<typename To::Bits*>(weight.out) + start, inner, na, nb,
+                                weight.scale);
+        return 0;
+    }
     // A tile of whole lines is one stretch; otherwise each line is, and there is one group along a.
     const int stretches = nb == inner ? 1 : M, count = na * M * nb / stretches;
     int changed = 0;
@@ -278,6 +315,11 @@ using Kernel = int (*)(const Weight&, int64_t, int, int64_t, int);
     SELECT(keep_02, M, Float32, Float16, KEEP) \
     SELECT(keep_11, M, BFloat16, BFloat16, KEEP) \
     SELECT(keep_22, M, Float16, Float16, KEEP) \
+    SELECT(soft_00, M, Float32, Float32, SOFT) \
+    SELECT(soft_01, M, Float32, BFloat16, SOFT) \
+    SELECT(soft_02, M, Float32, Float16, SOFT) \
+    SELECT(soft_11, M, BFloat16, BFloat16, SOFT) \
+    SELECT(soft_22, M, Float16, Float16, SOFT) \
     SELECT(mask_0, M, Float32, Float32, MASK) \
     SELECT(mask_1, M, BFloat16, BFloat16, MASK) \
     SELECT(mask_2, M, Float16, Float16, MASK) \
@@ -287,7 +329,10 @@ using Kernel = int (*)(const Weight&, int64_t, int, int64_t, int);
     Kernel find_##M(int result, int from, int to) { \
         constexpr Kernel keep[3][3] = { \
             {keep_00_##M, keep_01_##M, keep_02_##M}, {nullptr, keep_11_##M, nullptr}, {nullptr, nullptr, keep_22_##M}}; \
+        constexpr Kernel soft[3][3] = { \
+            {soft_00_##M, soft_01_##M, soft_02_##M}, {nullptr, soft_11_##M, nullptr}, {nullptr, nullptr, soft_22_##M}}; \
         constexpr Kernel mask[3] = {mask_0_##M, mask_1_##M, mask_2_##M}, add[3] = {add_0_##M, add_1_##M, add_2_##M}; \
+        if (result == SOFT) return soft[from][to]; \
         return result == KEEP ? keep[from][to] : result == MASK ? mask[from] : add[from]; \
     }
 SELECTS(2) SELECTS(4) SELECTS(8) SELECTS(16) SELECTS(32)
@@ -307,11 +352,12 @@ constexpr int64_t TILES_A_THREAD = 16;  // at least; below that, starting a thre
 }  // namespace
 
 // Weight i is at w[i], and its result at base + unit * out[i], or left out where that is null. `from` and `to` are the
-// types of weight and result; to apply masks, m is 1, `w` are the masks and `to` is the size of an entry of `out`.
+// types of weight and result; to apply masks, m is 1, `w` are the masks and `to` is the size of an entry of `out`. The
+// scale of weight i is at scales[i]; without `scales`, `scale` is that of all.
 // The entries of a mask that changed are added to changes[place[i]].
-extern "C" int nm_select_rows(int result, int from, int to, int m, int n, float scale, int64_t count, const int64_t* w,
-                              int64_t base, int64_t unit, const int64_t* out, const int64_t* outer,
-                              const int64_t* inner, const int64_t* place, int64_t* changes, int threads) {
+extern "C" int nm_run_rows(int result, int from, int to, int m, int n, float scale, const int64_t* scales, int64_t count,
+                           const int64_t* w, int64_t base, int64_t unit, const int64_t* out, const int64_t* outer,
+                           const int64_t* inner, const int64_t* place, int64_t* changes, int threads) {
     const auto [kernel, groups] = find(result, from, to, m);
     if (!kernel) return 1;
     std::vector<int64_t> first(count + 1);  // the tiles before each weight's
@@ -328,7 +374,8 @@ extern "C" int nm_select_rows(int result, int from, int to, int m, int n, float 
         const int64_t end = tiles * (thread + 1) / threads;
         for (int64_t i = std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1; tile < end; i++) {
             const Weight weight{reinterpret_cast<const char*>(w[i]), reinterpret_cast<char*>(base + unit * out[i]),
-                                outer[i], inner[i], n, scale};
+                                outer[i], inner[i], n,
+                                scales ? *reinterpret_cast<const float*>(scales[i]) : scale};
             const int64_t nb = std::min<int64_t>(inner[i], groups), na = groups / nb;
             const int64_t across = (inner[i] + nb - 1) / nb;
             int64_t changed = 0;

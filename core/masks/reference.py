@@ -46,6 +46,18 @@ def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return torch.where(nm_mask(w, n, m, axis), w, out, out=out)
 
 
+def soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: float | Tensor = 1.0) -> Tensor:
+    """`scale` times what is kept, brought towards zero by the largest magnitude that its group drops; the rest is +0.
+
+    Computed in fp32 (fp64 if `w` is) and rounded once.
+    """
+    size = w.abs().to(torch.promote_types(w.dtype, torch.float32))
+    keep, one_more = nm_mask(w, n, m, axis), nm_mask(w, n + 1, m, axis)
+    threshold = torch.where(one_more & ~keep, size, 0).unflatten(axis, (-1, m)).amax(axis + 1, keepdim=True)
+    rest = (size.unflatten(axis, (-1, m)) - threshold).flatten(axis, axis + 1)
+    return torch.where(keep, torch.where(w < 0, -rest, rest) * scale, 0).to(w.dtype)
+
+
 def dropped(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     """`w` with every kept entry replaced by +0: what `keep_largest` takes away."""
     return torch.where(nm_mask(w, n, m, axis), 0, w)

@@ -16,6 +16,7 @@ import triton.language as tl
 KEEP = tl.constexpr(0)
 MASK = tl.constexpr(1)
 ADD_DROPPED = tl.constexpr(2)
+SOFT = tl.constexpr(4)
 
 COLUMNS = tl.constexpr(5)
 """Of the table of weights: address, groups, inner, first program, position among the counts of changes."""
@@ -47,8 +48,8 @@ def _rows(columns, G: tl.constexpr, M: tl.constexpr):
 
 
 @triton.jit
-def _kept(columns, M: tl.constexpr, N: tl.constexpr):
-    """For each column, which groups keep their entry in it. Every NaN counts as infinity's bits plus one."""
+def _ranks(columns, M: tl.constexpr):
+    """The rank of each column's entry in its group. Every NaN counts as infinity's bits plus one."""
     keys = ()
     for i in tl.static_range(M):
         if columns[i].dtype == tl.float32:
@@ -57,7 +58,7 @@ def _kept(columns, M: tl.constexpr, N: tl.constexpr):
         else:
             bits = columns[i].to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
             keys = keys + (tl.minimum(bits, 0x7F81 if columns[i].dtype == tl.bfloat16 else 0x7C01),)
-    kept = ()
+    ranks = ()
     for i in tl.static_range(M):
         rank = keys[i] * 0
         for j in tl.static_range(M):
@@ -65,8 +66,30 @@ def _kept(columns, M: tl.constexpr, N: tl.constexpr):
                 rank += (keys[j] >= keys[i]).to(tl.int32)
             if j > i:
                 rank += (keys[j] > keys[i]).to(tl.int32)
-        kept = kept + (rank < N,)
+        ranks = ranks + (rank,)
+    return ranks
+
+
+@triton.jit
+def _kept(ranks, M: tl.constexpr, N: tl.constexpr):
+    """For each column, which groups keep their entry in it."""
+    kept = ()
+    for i in tl.static_range(M):
+        kept = kept + (ranks[i] < N,)
     return kept
+
+
+@triton.jit
+def _softened(columns, ranks, scale, M: tl.constexpr, N: tl.constexpr):
+    """`scale` times the columns, brought towards zero by the entry of rank N."""
+    threshold = tl.where(ranks[0] == N, tl.abs(columns[0].to(tl.float32)), 0.0)
+    for i in tl.static_range(1, M):
+        threshold = tl.where(ranks[i] == N, tl.abs(columns[i].to(tl.float32)), threshold)
+    soft = ()
+    for i in tl.static_range(M):
+        rest = tl.abs(columns[i].to(tl.float32)) - threshold
+        soft = soft + (tl.where(columns[i] < 0, -rest, rest) * scale,)
+    return soft
 
 
 @triton.jit
@@ -77,7 +100,7 @@ def _add(a, b):
 @triton.jit
 def _write(w, kept, out, at, inside, scale, RESULT: tl.constexpr):
     """Write the result; which entries of a mask changed."""
-    if RESULT == KEEP:
+    if RESULT == KEEP or RESULT == SOFT:  # noqa: SIM109
         tl.store(out + at, tl.where(kept, w, 0.0).to(out.dtype.element_ty), mask=inside)
         return 0
     elif RESULT == MASK:
@@ -112,7 +135,11 @@ def _select(
         at = group.to(tl.int64)[:, None] * M + tl.arange(0, M)[None, :]
         inside = (group < groups)[:, None]
         block = tl.load(w + at, mask=inside, other=0.0)
-        kept = _kept(_columns(block, G, M), M, N)
+        columns = _columns(block, G, M)
+        ranks = _ranks(columns, M)
+        kept = _kept(ranks, M, N)
+        if RESULT == SOFT:
+            block = _rows(_softened(columns, ranks, scale, M, N), G, M)
         changed = _write(block, _rows(kept, G, M), out, at, inside, scale, RESULT)
         if COUNTED:
             tl.atomic_add(changes, tl.reduce(tl.reshape(changed, (G * M,)), 0, _add).to(tl.int64))
@@ -122,7 +149,10 @@ def _select(
         columns = ()
         for j in tl.static_range(M):
             columns = columns + (tl.load(w + start + j * inner, mask=inside, other=0.0),)
-        kept = _kept(columns, M, N)
+        ranks = _ranks(columns, M)
+        kept = _kept(ranks, M, N)
+        if RESULT == SOFT:
+            columns = _softened(columns, ranks, scale, M, N)
         changed = group * 0
         for j in tl.static_range(M):
             changed += _write(columns[j], kept[j], out, start + j * inner, inside, scale, RESULT)
@@ -169,7 +199,8 @@ def select_rows(
     """RESULT of every weight in `table`; of the one in row i it goes to the address ``base + UNIT * starts[i]``.
 
     `programs` has the row of each program. A weight whose result has no address is left out. `scale` is a number or a
-    pointer to one. ALIGNED promises addresses and numbers of groups that are multiples of 16.
+    pointer to one; for SOFT, to the address of a number for each row. ALIGNED promises addresses and numbers of groups
+    that are multiples of 16.
     """
     i = tl.load(programs + tl.program_id(0))
     row = table + i * COLUMNS
@@ -185,7 +216,9 @@ def select_rows(
         w, out, groups = tl.multiple_of(w, 16), tl.multiple_of(out, 16), tl.multiple_of(groups, 16)
     if COUNTED:
         changes += tl.load(row + 4)
-    if SCALE_IS_POINTER:
+    if RESULT == SOFT:
+        scale = tl.load(tl.load(scale + i).to(tl.pointer_type(tl.float32)))
+    elif SCALE_IS_POINTER:
         scale = tl.load(scale).to(tl.float32)
     _select(w, out, scale, program, groups, inner, changes, N, M, G, RESULT, CONTIGUOUS, COUNTED)
 

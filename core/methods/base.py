@@ -106,10 +106,16 @@ class Method:
     def value(self, w: Tensor, state: WeightState) -> Tensor:
         """What a layer computes with for the shadow weight `w`, in its shape and dtype, without autograd.
 
-        The straight-through gradient is not the method's business. Methods that keep this one get the values of all
-        weights of a model in one kernel launch.
+        The straight-through gradient is not the method's business.
         """
         return masks.keep_largest(w.detach(), state.pattern, state.dims)
+
+    def values(self, batch: Batch, states: Sequence[WeightState], dtype: torch.dtype) -> list[Tensor]:
+        """`value` of all weights in `batch` rounded to `dtype`, in one kernel launch.
+
+        Methods with a `value` of their own that leave this one as it is get their values a weight at a time.
+        """
+        return batch.keep_largest(dtype)
 
     def before_step(self, step: Step) -> None:
         """Change gradients in place, right before the optimizer's update."""
@@ -165,8 +171,10 @@ class WeightState:
     dims: tuple[int, ...]
     method: Method
     memory: dict[str, Any] = field(default_factory=dict)
+    selects: bool = field(init=False, compare=False)
+    """Whether the value is `keep_largest` of the weight."""
     batched: bool = field(init=False, compare=False)
-    """Whether values come from `keep_largest`, for all weights of a model at once."""
+    """Whether values are made for all weights of a model at once."""
     steps: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64, device="cpu"), compare=False)
     """How many optimizer steps of the run are done, on the weight's device; counted where the method is scheduled."""
     lr_sum: float | Tensor = 0.0
@@ -191,7 +199,9 @@ class WeightState:
         return Placement(self.pattern, self.dims)
 
     def __post_init__(self) -> None:
-        self.batched = type(self.method).value is Method.value and not self.method.starts_dense
+        method = type(self.method)
+        self.selects = method.value is Method.value and not self.method.starts_dense
+        self.batched = self.selects or (method.values is not Method.values and not self.method.starts_dense)
 
     def move_to(self, device: torch.device) -> None:
         """Take the count and the memory to the weight's `device`: what was made new, or comes from a file, may lie on

@@ -13,15 +13,15 @@ are left out. Any N:M. The finalized weights are W~.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nm_sparsity.core import masks
-from nm_sparsity.core.masks.groups import reduction_last, restore_order
+from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.methods.base import Method, Step, WeightState, register
-from nm_sparsity.core.pattern import NMPattern
 
 
 @register
@@ -32,39 +32,33 @@ class SSTE(Method):
     name = "s-ste"
 
     def value(self, w: Tensor, state: WeightState) -> Tensor:
-        soft = soft_threshold(w, state)
-        beta = state.memory["beta"] if "beta" in state.memory else _ratio(*_products(w.detach(), soft))
-        return soft * beta.to(w)
+        return masks.soft_threshold(w, state.pattern, state.dims, _beta(w, state))
+
+    def values(self, batch: Batch, states: Sequence[WeightState], dtype: torch.dtype) -> list[Tensor]:
+        return batch.soft_threshold([_beta(w, s) for w, s in zip(batch.weights, states, strict=True)], dtype)
 
     def before_step(self, step: Step) -> None:
         new = [i for i, state in enumerate(step.states) if "beta" not in state.memory]
         if new and step.moves:
-            weights = [step.batch.weights[i] for i in new]
-            soft = [soft_threshold(w, step.states[i]) for i, w in zip(new, weights, strict=True)]
-            products = [torch.stack(_products(w, s)) for w, s in zip(weights, soft, strict=True)]
+            products = [torch.stack(_products(step.batch.weights[i], step.states[i])) for i in new]
             for i, sums in zip(new, step.over_ranks(torch.stack(products)), strict=True):
                 step.states[i].memory["beta"] = _ratio(*sums)
         if step.fixing is not None:
-            for w, state in zip(step.batch.weights, step.states, strict=True):
-                w.copy_(torch.where(step.fixing, soft_threshold(w, state), w))
+            weights = step.batch.weights
+            ones = [torch.ones((), device=w.device) for w in weights]
+            for w, soft in zip(weights, step.batch.soft_threshold(ones), strict=True):
+                w.copy_(torch.where(step.fixing, soft, w))
 
 
-def soft_threshold(w: Tensor, state: WeightState) -> Tensor:
-    """S(W), in the shape of `w`."""
-    pattern, dims = state.pattern, state.dims
-    w = w.detach()
-    kept = masks.keep_largest(w, pattern, dims)
-    one_more = w if pattern.n + 1 == pattern.m else masks.keep_largest(w, NMPattern(pattern.n + 1, pattern.m), dims)
-    # The two differ by the (N+1)th largest alone.
-    groups = reduction_last(kept, dims).unflatten(-1, (-1, pattern.m))
-    next_one = (reduction_last(one_more, dims).unflatten(-1, (-1, pattern.m)) - groups).abs().amax(-1, keepdim=True)
-    return restore_order((groups - groups.sign() * next_one).flatten(-2), w.shape, dims)
+def _beta(w: Tensor, state: WeightState) -> Tensor:
+    beta: Tensor | None = state.memory.get("beta")
+    return _ratio(*_products(w.detach(), state)) if beta is None else beta
 
 
-def _products(w: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
+def _products(w: Tensor, state: WeightState) -> tuple[Tensor, Tensor]:
     """<W, S(W)> and <S(W), S(W)>, at least in fp32."""
-    wide = torch.promote_types(w.dtype, torch.float32)
-    w, soft = w.to(wide), soft.to(wide)
+    w = w.to(torch.promote_types(w.dtype, torch.float32))
+    soft = masks.soft_threshold(w, state.pattern, state.dims)
     return (w * soft).sum(), (soft * soft).sum()
 
 

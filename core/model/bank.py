@@ -28,7 +28,7 @@ from torch.utils.weak import TensorWeakRef
 
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.masks.cuda import stream
-from nm_sparsity.core.methods import WeightState
+from nm_sparsity.core.methods import Method, WeightState
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _SCOPE = "_nm_scope"
@@ -86,6 +86,14 @@ Origin = tuple[Tensor, WeightState]
 """A shadow weight and its state."""
 
 
+Kind = tuple[torch.dtype, torch.device, Method | None]
+"""What weights have in common whose values are made together; a method only if its values are no mere selection."""
+
+
+def _kind(w: Tensor, state: WeightState) -> Kind:
+    return w.dtype, w.device, None if state.selects else state.method
+
+
 class Launch:
     """Values that were made together."""
 
@@ -122,7 +130,7 @@ class Scope:
     def __init__(self, members: Iterable[Member]) -> None:
         self.members = tuple(members)
         self._keys: set[tuple[int, str]] = set()
-        self._kind: tuple[torch.dtype, torch.device] | None = None
+        self._kind: Kind | None = None
         self._holding = Holding(None, [])
         self._found: list[Origin] = []
         self._places: dict[int, int] = {}
@@ -155,19 +163,19 @@ class Scope:
         """What the members' modules hold now."""
         return Holding(_generation, ((member.module._parameters, member.name) for member in self.members))
 
-    def together(self, like: Tensor, without: Container[int] = ()) -> list[Origin]:
+    def together(self, like: Origin, without: Container[int]) -> list[Origin]:
         """The shadow weights whose values one launch makes with that of `like`, but those with an id in `without`."""
-        found = {}
+        found, kind = {}, _kind(*like)
         for member in self.members:
             w = member.shadow
-            if w is not None and id(w) not in without and w.dtype == like.dtype and w.device == like.device:
+            if w is not None and id(w) not in without and member.state.batched and _kind(w, member.state) == kind:
                 found[id(w)] = w, member.state
-        return [(w, state) for w, state in found.values() if state.batched]
+        return list(found.values())
 
-    def launch(self, like: Tensor, without: Container[int], dtype: torch.dtype) -> Launch:
+    def launch(self, like: Origin, without: Container[int], dtype: torch.dtype) -> Launch:
         """The values of what `together` finds."""
         with self._launch:
-            kind = like.dtype, like.device
+            kind = _kind(*like)
             if without or kind != self._kind or not self._holding.lasts():
                 self._holding = self.holding()
                 self._found = self.together(like, without)
@@ -176,7 +184,7 @@ class Scope:
                 # Weights of `functional_call` come once and must not be kept alive.
                 again = not without and all(type(w) is nn.Parameter for w, _ in self._found)
                 self._kind = kind if again else None
-            values = self._batch.keep_largest(None if dtype == like.dtype else dtype)
+            values = like[1].method.values(self._batch, [state for _, state in self._found], dtype)
             launch = Launch(values, self._found, self._places)
             if self._kind is None:
                 self._found, self._batch, self._holding = [], Batch([], []), Holding(None, [])
@@ -212,7 +220,7 @@ class _Pass:
         if id(w) in kept or not state.batched or (not kept and any(id(w) in values for values in others)):
             launch = Launch([state.value(w, dtype)], [(w, state)], {id(w): 0})
         else:
-            launch = self.scope.launch(w, kept.keys(), dtype)
+            launch = self.scope.launch((w, state), kept.keys(), dtype)
         kept.update(dict.fromkeys(launch.places, launch))
         self.launches.append(launch)
         return launch

@@ -140,7 +140,7 @@ def unfinished(model: nn.Module) -> str:
     """Why the values of the sparse weights of `model` are not N:M yet: where its method is in the run; else empty."""
     for name, param, state in sparse_weights(unwrap(model)):
         sharded = isinstance(param, DTensor)
-        if not state.batched and not sharded and (reason := state.why_unfinished(name, state.value(param))):
+        if not state.selects and not sharded and (reason := state.why_unfinished(name, state.value(param))):
             return reason
     return ""
 

@@ -273,7 +273,7 @@ def _seen(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Tenso
     if type(w) is DTensor:
         return _sharded(layer, name, w, state)
     dtype = bank.computed_dtype(w)
-    if state.batched:
+    if state.selects:
         return masks.keep_largest(w, state.pattern, state.dims, dtype)
     return straight_through(w, state.value(w, dtype))
 

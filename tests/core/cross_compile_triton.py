@@ -45,7 +45,7 @@ def rows(
     aligned: bool = True,
     pointer: bool = False,
 ) -> str:
-    counted, fresh = result == "mask", result == "keep"
+    counted, fresh = result == "mask", result in ("keep", "soft")
     constants = {
         "N": m // 2,
         "M": m,
@@ -59,9 +59,9 @@ def rows(
         "COUNTED": counted,
         "SCALE_IS_POINTER": pointer,
     }
-    signature = {"programs": "*i32", "table": "*i64", "starts": "*i64", "base": "i64" if fresh else "i32"}
-    signature |= {"scale": "*fp32" if pointer else "fp32", "changes": "*i64"}
-    return ptx(target, triton_kernel.select_rows, signature, constants, aligned=4)
+    signature = {"programs": "*i32", "table": "*i64", "starts": "*i64", "base": "i64"}
+    signature |= {"scale": "*i64" if result == "soft" else "*fp32" if pointer else "fp32", "changes": "*i64"}
+    return ptx(target, triton_kernel.select_rows, signature, constants, aligned=0)
 
 
 def wide_loads(code: str) -> int:
@@ -81,6 +81,9 @@ if __name__ == "__main__":
         assert wide_loads(rows(target, tl.float32, 4, "keep", contiguous=True, out=tl.bfloat16))
         assert wide_loads(rows(target, tl.float32, 4, "add", contiguous=True, pointer=True))
         assert wide_loads(one(target, "*fp32", 4, "keep", contiguous=True, out="*fp16"))
+        assert wide_loads(rows(target, tl.float32, 4, "soft", contiguous=True, out=tl.bfloat16))
+        rows(target, tl.float16, 4, "soft", contiguous=True)
+        rows(target, tl.float32, 8, "soft", contiguous=False)
         rows(target, tl.float32, 4, "mask", contiguous=True)
         rows(target, tl.float16, 4, "mask", contiguous=False)
         rows(target, tl.float32, 4, "keep", contiguous=False, aligned=False)

@@ -80,6 +80,27 @@ def test_one_launch_a_pass_and_nothing_is_left(launches: list[int]) -> None:
     assert not bank._thread.passes
 
 
+@pytest.mark.filterwarnings("ignore:.*half:UserWarning")
+@pytest.mark.parametrize("stepped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_values_that_are_no_selection_are_made_together(stepped: bool, dtype: torch.dtype) -> None:
+    model = blocks().to(dtype)
+    sparsify(model, method="s-ste")
+    launches: list[bank.Launch] = []
+    model[2].register_forward_hook(lambda *_: launches.extend(bank._thread.passes[-1].launches))
+    x = torch.randn(2, 16, dtype=dtype)
+    if stepped:
+        model(x).square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        launches.clear()
+    model(x)
+    (launch,) = launches
+    assert len(launch.values) == 6
+    for value, (w, state) in zip(launch.values, launch.origins, strict=True):
+        assert torch.equal(value, state.value(w))
+        assert ("beta" in state.memory) == stepped
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_checkpointed_block_is_one_launch_when_it_is_recomputed(launches: list[int], reentrant: bool) -> None:
     class Checkpointed(nn.Sequential):

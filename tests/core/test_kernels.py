@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -48,8 +48,9 @@ class Backend:
             raise AssertionError(f"the {self.name} kernel handed its work to the reference")
 
         with self._monkeypatch.context() as patch:
-            for name in ("keep_largest", "nm_mask", "dropped") if covered and self.name != "reference" else ():
-                patch.setattr(reference, name, refuse)
+            if covered and self.name != "reference":
+                for name in ("keep_largest", "nm_mask", "dropped", "soft_threshold"):
+                    patch.setattr(reference, name, refuse)
             yield
 
 
@@ -309,6 +310,58 @@ def test_half_precision_values_round_as_torch_rounds(
         assert torch.equal(bits(result.nan_to_num(0)), bits(expected.nan_to_num(0)))
 
 
+def oracle_soft(w: Tensor, n: int, m: int, dims: tuple[int, ...], scale: Tensor) -> Tensor:
+    """Each group's largest dropped magnitude from a sort in plain Python, the rest in fp32 (fp64), rounded once."""
+    wide = w.to(torch.promote_types(w.dtype, torch.float32))
+    others = [d for d in range(w.dim()) if d not in dims]
+    groups = wide.permute(*others, *dims).reshape(-1, m)
+    ordered = [sorted(map(abs, g), key=lambda x: (not math.isnan(x), -x)) for g in groups.tolist()]
+    threshold = torch.tensor([[(*g, 0.0)[n]] for g in ordered], dtype=wide.dtype).view(-1, 1)
+    rest = (groups.abs() - threshold) * scale
+    moved = torch.where(groups < 0, -rest, rest).reshape(wide.permute(*others, *dims).shape)
+    soft = moved.permute([[*others, *dims].index(d) for d in range(w.dim())])
+    return torch.where(oracle_mask(w, n, m, dims), soft, 0).to(w.dtype)
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Whether values are the same, NaNs where there are NaNs."""
+    return torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(0), expected.nan_to_num(0))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # Triton's interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_soft_threshold(backend: Backend, layout: str, dtype: torch.dtype) -> None:
+    for n, m in [(1, 4), (2, 4), (5, 8)]:
+        shape, dims, arrange = LAYOUTS[layout](m)
+        w = arrange(torch.where(torch.rand(shape) < 0.8, torch.randn(shape).to(dtype), awkward(shape, dtype, seed=n)))
+        expected = oracle_soft(w, n, m, dims, scale := torch.tensor(1.37))
+        with backend.alone(lines_in_memory(w, m, dims) is not None):
+            (found,) = Batch([w], [placement(n, m, *dims)]).soft_threshold([scale])
+        assert found.dtype == dtype
+        if backend.name == "triton" and dtype == torch.bfloat16:  # the interpreter cuts bf16 off
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=1e-38, equal_nan=True)
+        else:
+            assert same(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # Triton's interpreter
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning")
+def test_soft_thresholds_of_a_mixed_batch_each_with_its_scale(backend: Backend) -> None:
+    weights, placements = mixed(backend)
+    scales = [torch.tensor(1 + i / 7, dtype=torch.promote_types(w.dtype, torch.float32)) for i, w in enumerate(weights)]
+    batch = Batch(weights, placements)
+    for dtype in (torch.float16, None):
+        for w, (pattern, dims), scale, soft in zip(
+            weights, placements, scales, batch.soft_threshold(scales, dtype), strict=True
+        ):
+            if backend.name != "triton" or w.dtype != torch.bfloat16:
+                assert same(soft, oracle_soft(w, pattern.n, pattern.m, dims, scale).to(dtype or w.dtype))
+    before = [value.clone() for value in batch.soft_threshold(scales)]
+    batch.keep_largest()
+    assert all(map(same, batch.soft_threshold(scales), before)), "values of one kind are not lent as those of another"
+
+
 @pytest.mark.parametrize("scale", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -436,9 +489,9 @@ def test_one_call_for_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Counting:
         @staticmethod
-        def nm_select_rows(*args: object) -> int:
+        def nm_run_rows(*args: object) -> int:
             calls.append(args)
-            return library.nm_select_rows(*args)
+            return library.nm_run_rows(*args)
 
     monkeypatch.setattr(cpu, "library", Counting)
     weights = [torch.randn(8, 16) for _ in range(50)] + [torch.randn(8, 16, 3, 3) for _ in range(50)]
@@ -620,12 +673,20 @@ def test_fake_and_meta_tensors_keep_the_layout() -> None:
     assert (kept.shape, kept.stride(), kept.device.type) == (w.shape, w.stride(), "meta")
 
 
-def test_without_the_compiled_kernel_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [])
+OLDER = SimpleNamespace(CDLL=lambda path: SimpleNamespace())  # which has none of today's functions
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "reason"), [("EXTENSION_SUFFIXES", [], "missing"), ("ctypes", OLDER, "an older one")]
+)
+def test_without_the_compiled_kernel_it_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, instead: object, reason: str
+) -> None:
+    monkeypatch.setattr(cpu, name, instead)
     cpu.library.cache_clear()
     w = awkward((4, 16))
     try:
-        with pytest.warns(RuntimeWarning, match="compiled CPU kernel is missing"):
+        with pytest.warns(RuntimeWarning, match=f"compiled CPU kernel is {reason}"):
             kept = ops.keep_largest(w, 2, 4, 1)
         assert torch.equal(bits(kept), bits(reference.keep_largest(w, 2, 4, 1)))
         ops.keep_largest(w, 2, 4, 1)  # a second warning would be an error here

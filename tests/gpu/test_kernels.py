@@ -128,13 +128,26 @@ def test_more_than_two_billion_entries() -> None:
     assert torch.equal(kept[2], reference.keep_largest(weights[2], 2, 4, 1))
 
 
+def test_soft_thresholds_are_the_references() -> None:
+    for dtype in (torch.float32, *HALF):
+        weights = [torch.randn(shape, device="cuda").to(dtype) for shape in SHAPES]
+        scales = [torch.tensor(1 + i / 7, device="cuda") for i in range(len(SHAPES))]
+        batch = Batch(weights, [placement()] * len(SHAPES))
+        for out in (None, *(HALF if dtype == torch.float32 else ())):
+            for w, scale, soft in zip(weights, scales, batch.soft_threshold(scales, out), strict=True):
+                expected = reference.soft_threshold(w, 2, 4, 1, scale).to(out or dtype)
+                assert torch.equal(soft, expected)
+
+
 def test_one_launch_for_many_weights() -> None:
     weights = [torch.randn(64, 64, device="cuda") for _ in range(300)]
     batch = Batch(weights, [placement()] * 300)
+    scales = list(torch.rand(300, device="cuda").unbind())
     targets, masks = [torch.zeros_like(w) for w in weights], batch.nm_mask()
     for call in (
         batch.keep_largest,
         lambda: batch.keep_largest(torch.bfloat16),
+        lambda: batch.soft_threshold(scales, torch.bfloat16),
         lambda: batch.add_dropped_(targets, 0.1),
         lambda: batch.update_masks_(masks),
     ):

@@ -136,6 +136,24 @@ def test_a_forward_and_a_step_are_few_launches_and_equal_the_masked_model(autoca
         step()
 
 
+def test_values_that_are_no_selection_are_few_launches_too() -> None:
+    net, x = blocks(12), torch.randn(8, 64, device=CUDA)
+    sparsify(net, method="s-ste")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(CUDA, torch.bfloat16):
+            y = net(x)
+        y.float().square().sum().backward()
+        optimizer.step()
+
+    step()
+    assert our_launches(step) <= 4
+    with no_synchronisation():
+        step()
+
+
 def test_a_tensor_learning_rate_is_never_asked_for_its_value() -> None:
     net = blocks(2)
     sparsify(net, decay=LAMBDA)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.masks import ops, reference
+from nm_sparsity.core.masks import ops
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.masks.groups import Dims, reduction_last, reduction_size, restore_order
 from nm_sparsity.core.pattern import NMPattern, Placement
@@ -33,10 +33,15 @@ def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,), dtype: 
     return restore_order(ops.keep_largest(reduction_last(w, dims), n, m, w.dim() - len(dims), dtype), w.shape, dims)
 
 
-def soft_threshold(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,), scale: float | Tensor = 1.0) -> Tensor:
-    """`scale` times `keep_largest` brought towards zero by the largest magnitude that each group drops; no gradient."""
+def soft_threshold(w: Tensor, pattern: str | NMPattern, dims: Dims, scale: Tensor) -> Tensor:
+    """`keep_largest` brought towards zero by the largest magnitude that its group drops, times `scale`, a 0-dim tensor.
+
+    It has no gradient.
+    """
     n, m = _check(w, pattern, dims)
-    flat = reference.soft_threshold(reduction_last(w.detach(), dims), n, m, w.dim() - len(dims), scale)
+    if len(dims) == 1:
+        return ops.soft_threshold(w, n, m, dims[0], scale)
+    flat = ops.soft_threshold(reduction_last(w, dims), n, m, w.dim() - len(dims), scale)
     return restore_order(flat, w.shape, dims)
 
 

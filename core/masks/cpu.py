@@ -91,9 +91,10 @@ class Rows:
         )
 
 
-def select(result: str, w: Tensor, out: Tensor, lines: Lines, n: int, m: int) -> None:
+def select(result: str, w: Tensor, out: Tensor, lines: Lines, n: int, m: int, scale: Tensor | None = None) -> None:
     """The `result` of one weight, into `out`, which lies in memory as `w` does."""
-    Rows([w], [lines], [0], n, m).run(result, out, [0], out.dtype)
+    number = None if scale is None else scale.to(w.device, torch.float32)
+    Rows([w], [lines], [0], n, m).run(result, out, [0], out.dtype, 0.0 if number is None else [number.data_ptr()])
 
 
 def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:

@@ -113,6 +113,7 @@ def select(
     lines: Lines,
     n: int,
     m: int,
+    scale: Tensor | None = None,
     traced: bool = False,
 ) -> None:
     """The `result` of one weight, into `out`, which lies in memory as `w` does; `traced`: as a launch tracers see."""
@@ -126,6 +127,7 @@ def select(
         launch[(-(-outer * inner // per_program),)](
             w,
             out.view(torch.int8) if out.dtype == torch.bool else out,
+            w if scale is None else scale,
             outer * inner,
             inner,
             N=n,

@@ -6,6 +6,7 @@ whose `axis` has a size divisible by `m`; callers (`nm_sparsity.core.masks`) hav
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,17 @@ def straight_through(w: Tensor, value: Tensor) -> Tensor:
     return StraightThrough.apply(w, value) if w.requires_grad and torch.is_grad_enabled() else value
 
 
+def soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: Tensor) -> Tensor:
+    """`reference.soft_threshold`, without a gradient; `scale` is 0-dim."""
+    w = w.detach()
+    if is_plain(w):
+        return _soft_threshold(w, n, m, axis, scale)
+    if _is_compiling() and not _transforms_active():
+        result: Tensor = torch.ops.nm_sparsity.soft_threshold(w, n, m, axis, scale)
+        return result
+    return reference.soft_threshold(w, n, m, axis, scale)
+
+
 def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     """Boolean mask of what `keep_largest` keeps."""
     w = w.detach()
@@ -77,6 +89,15 @@ def _keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | Non
     return out
 
 
+def _soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: Tensor) -> Tensor:
+    if (found := covering(w, m, (axis,))) is None:
+        return reference.soft_threshold(w, n, m, axis, scale)
+    backend, lines = found
+    out = torch.empty_like(w)
+    backend.select("soft", w, out, lines, n, m, scale)
+    return out
+
+
 def _nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     if (found := covering(w, m, (axis,))) is None:
         return reference.nm_mask(w, n, m, axis)
@@ -88,14 +109,21 @@ def _nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
 
 _library = torch.library.Library("nm_sparsity", "DEF")
 _library.define("keep_largest(Tensor w, int n, int m, int axis, ScalarType? dtype=None) -> Tensor")
+_library.define("soft_threshold(Tensor w, int n, int m, int axis, Tensor scale) -> Tensor")
 _library.define("nm_mask(Tensor w, int n, int m, int axis) -> Tensor")
 _library.impl("keep_largest", _keep_largest, "CompositeExplicitAutograd")
+_library.impl("soft_threshold", _soft_threshold, "CompositeExplicitAutograd")
 _library.impl("nm_mask", _nm_mask, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("nm_sparsity::keep_largest", lib=_library)
 def _fake_keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(w, dtype=dtype)
+
+
+@torch.library.register_fake("nm_sparsity::soft_threshold", lib=_library)
+def _fake_soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: Tensor) -> Tensor:
+    return torch.empty_like(w)
 
 
 @torch.library.register_fake("nm_sparsity::nm_mask", lib=_library)
@@ -110,18 +138,24 @@ def _straight_through(ctx: Any, grad: Any) -> tuple[Any, None, None, None, None]
 torch.library.register_autograd("nm_sparsity::keep_largest", _straight_through, lib=_library)
 
 
-@torch.library.register_torch_dispatch("nm_sparsity::keep_largest", FunctionalTensorMode, lib=_library)
-def _visible_to_compilers(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+def _visible_to_compilers(result: str, mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
     """Under torch.compile a CUDA weight's op becomes the launch itself, as `torch.library.triton_op` does it."""
-    w, n, m, axis, dtype = (*args, *kwargs.values(), None)[:5]
+    w, n, m, axis, last = (*args, *kwargs.values(), None)[:5]
+    scale, dtype = (last, None) if result == "soft" else (None, last)
     lines = lines_in_memory(w, m, (axis,))
     direct = w.is_cuda and cuda.available() and rounds_to(w.dtype, dtype or w.dtype)
     if lines is None or not direct or custom_triton_ops_decomposition_disabled():
         return mode.__torch_dispatch__(op, types, args, kwargs)
     with mode:
         out = torch.empty_like(w, dtype=dtype)
-        cuda.select("keep", w, out, lines, n, m, traced=True)
+        cuda.select(result, w, out, lines, n, m, scale, traced=True)
         return out
+
+
+for _op, _result in (("nm_sparsity::keep_largest", "keep"), ("nm_sparsity::soft_threshold", "soft")):
+    torch.library.register_torch_dispatch(
+        _op, FunctionalTensorMode, partial(_visible_to_compilers, _result), lib=_library
+    )
 
 
 class StraightThrough(torch.autograd.Function):

@@ -164,6 +164,7 @@ def _select(
 def select(
     w,
     out,
+    scale,
     groups,
     inner,
     N: tl.constexpr,
@@ -172,8 +173,11 @@ def select(
     RESULT: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
 ):
-    """KEEP or MASK of one weight goes to `out`, which lies in memory as `w` does."""
-    _select(w, out, 0.0, tl.program_id(0), groups, inner, out, N, M, G, RESULT, CONTIGUOUS, False)
+    """KEEP, SOFT (`scale` is a pointer) or MASK of one weight goes to `out`, which lies in memory as `w` does."""
+    number = 0.0
+    if RESULT == SOFT:
+        number = tl.load(scale).to(tl.float32)
+    _select(w, out, number, tl.program_id(0), groups, inner, out, N, M, G, RESULT, CONTIGUOUS, False)
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_RUNTIME)

@@ -52,13 +52,13 @@ class SSTE(Method):
 
 def _beta(w: Tensor, state: WeightState) -> Tensor:
     beta: Tensor | None = state.memory.get("beta")
-    return _ratio(*_products(w.detach(), state)) if beta is None else beta
+    return _ratio(*_products(w.detach(), state)) if beta is None else beta.to(w.device)
 
 
 def _products(w: Tensor, state: WeightState) -> tuple[Tensor, Tensor]:
     """<W, S(W)> and <S(W), S(W)>, at least in fp32."""
     w = w.to(torch.promote_types(w.dtype, torch.float32))
-    soft = masks.soft_threshold(w, state.pattern, state.dims)
+    soft = masks.soft_threshold(w, state.pattern, state.dims, torch.ones((), device=w.device))
     return (w * soft).sum(), (soft * soft).sum()
 
 

@@ -31,7 +31,11 @@ def ptx(target: int, kernel: Any, signature: dict[str, str], constants: dict[str
 def one(target: int, w: str, m: int, result: str, contiguous: bool, out: str | None = None) -> str:
     form = {"N": m // 2, "M": m, "G": groups_per_program(m), "RESULT": RESULTS[result], "CONTIGUOUS": contiguous}
     return ptx(
-        target, triton_kernel.select, {"w": w, "out": out or w, "groups": "i32", "inner": "i32"}, form, aligned=2
+        target,
+        triton_kernel.select,
+        {"w": w, "out": out or w, "scale": "*fp32", "groups": "i32", "inner": "i32"},
+        form,
+        aligned=2,
     )
 
 
@@ -90,6 +94,7 @@ if __name__ == "__main__":
         rows(target, tl.bfloat16, 16, "keep", contiguous=True)
         rows(target, tl.float32, 32, "add", contiguous=False)
         rows(target, tl.bfloat16, 4, "add", contiguous=False, pointer=True)
+        assert wide_loads(one(target, "*fp32", 4, "soft", contiguous=True))
         one(target, "*bf16", 4, "mask", contiguous=False, out="*i8")
         for bits in (16, 32, 64):
             tables = {"programs": "*i32", "table": "*i64"}

@@ -13,7 +13,6 @@ import logging
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from nm_sparsity.core.deploy import library
 from nm_sparsity.core.experiments.command_line import command_line, make_parser
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.run import environment
+from nm_sparsity.core.files.io import replacing
 from nm_sparsity.core.table import format_table
 
 Row = dict[str, Any]
@@ -37,8 +37,6 @@ COMMITTED = Path(__file__).parent / "results"
 MOST_BARS = 60
 MOST_ROWS = 10
 """In a table of README.md; a file may have thousands."""
-
-SAVE_SECONDS = 10
 
 
 @dataclass
@@ -57,19 +55,17 @@ class Result:
         }
     )
     folder: Path | None = field(default=None, compare=False)
-    """Where `add` saves what there is, now and then, in case the process is ended from outside."""
+    """Where `add` saves what there is, in case the process is ended from outside."""
     sink: Callable[[Row], None] | None = field(default=None, compare=False)
     """What gets each row as it comes."""
-    _saved: float = field(default_factory=time.monotonic, init=False, repr=False, compare=False)
 
     def add(self, **row: Any) -> None:
         """Append a row; the values are text, numbers, None or lists of numbers."""
         self.rows.append(row)
         if self.sink is not None:
             self.sink(row)
-        if self.folder is not None and time.monotonic() - self._saved > SAVE_SECONDS:
+        if self.folder is not None:
             self.save(self.folder)
-            self._saved = time.monotonic()
 
     def table(self, markdown: bool = False, rows: Sequence[Row] | None = None) -> str:
         """A table of all rows or of those given, "not run: why" in the last column where it applies."""
@@ -98,7 +94,8 @@ class Result:
         path = make_folder(Path(folder)) / f"{self.name}.json"
         rows = ",\n  ".join(json.dumps(row) for row in self.rows)
         head = json.dumps({"what": self.what, "device": self.device, "environment": self.environment}, indent=1)
-        path.write_text(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+        with replacing(path) as file:
+            file.write(f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'.encode())
         return path
 
     @classmethod

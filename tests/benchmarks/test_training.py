@@ -59,7 +59,7 @@ def test_a_run_has_a_row_for_every_variant(tiny: None, tmp_path: Path) -> None:
     assert training.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("training_*.json")
     rows = Result.load(path).rows
-    assert [row["variant"] for row in rows[:4]] == list(training.VARIANTS)
+    assert [row["variant"] for row in rows[: len(training.VARIANTS)]] == list(training.VARIANTS)
     assert rows[0]["overhead"] == 0
     assert all(row.get("step_ms", row.get("us")) > 0 for row in rows if "not_run" not in row)
     assert [row["variant"] for row in rows if "us" in row][:2] == ["dense", "in a pass"]

@@ -71,15 +71,17 @@ class Batch:
 
     def _values(self, result: str, dtype: torch.dtype | None, scales: Sequence[Tensor] = ()) -> list[Tensor]:
         self._refresh()
-        lends = all(_lends(part.device) for part in self._parts)
+        streams = [on_stream(part.device) for part in self._parts]
+        lends = None not in streams
         lent = self._lent.get((result, dtype)) if lends else None
-        if lent is not None and lent.is_back():
+        if lent is not None and lent.streams == streams and lent.is_back():
             for part, memory in zip(self._parts, lent.memory, strict=True):
                 part.fill(result, memory, scales)
             return lent.list[0]
         values, memories = self._new(result, dtype, scales)
-        if lends and not self._others and all(m.dtype is (dtype or m.dtype) and _is_little(m) for m in memories):
-            self._lent[result, dtype] = _Lent(values, memories)
+        self._lent.pop((result, dtype), None)
+        if lends and not self._others and all(m.dtype is (dtype or m.dtype) for m in memories) and _affords(memories):
+            self._lent[result, dtype] = _Lent(values, memories, streams)
             _register(self)
         return values
 
@@ -291,9 +293,11 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
 class _Lent:
     """The values of one call. On the host, new tensors and untouched pages cost more than the masks do."""
 
-    def __init__(self, values: list[Tensor], memory: list[Tensor]) -> None:
+    def __init__(self, values: list[Tensor], memory: list[Tensor], streams: list[int | None]) -> None:
         self.list = [values]
         self.memory = memory
+        self.streams = streams
+        """On which each memory was made."""
         self._pointers = list(map(Tensor.data_ptr, values))
         self._holders = sum(map(_holders, memory))
 
@@ -321,26 +325,34 @@ _streams: dict[torch.device, int | None] = {}
 """The stream of each device that values were last made on; None for one that was captured."""
 
 
-def _lends(device: torch.device) -> bool:
-    """Whether values may be lent on the present stream of `device`. On a new stream all that was lent is let go.
+def on_stream(device: torch.device) -> int | None:
+    """What tells the present stream of `device` from others; None while it is captured. On a new one all that was lent
+    is let go.
 
     The memory belongs to the stream it was made on, and so do the nodes of autograd that the values keep alive: on
     another stream they wait for the first, which ends the capture of a graph.
     """
     if device.type != "cuda":
-        return True
+        return 0
     now = None if capturing(device) else stream(device)
     if now is None or _streams.get(device) != now:
-        for reference in list(_lenders.values()):
-            if (batch := reference()) is not None:
-                batch._lent = {}
+        for batch in _lending():
+            batch._lent = {}
     _streams[device] = now
-    return now is not None
+    return now
 
 
-def _is_little(memory: Tensor) -> bool:
-    """Whether it may be kept from one call to the next: larger models keep a GPU busy, and need its memory."""
-    return memory.is_cpu or memory.nbytes <= memory_of(memory.device) * _LITTLE
+def _lending() -> list[Batch]:
+    return [batch for reference in list(_lenders.values()) if (batch := reference()) is not None]
+
+
+def _affords(memories: Sequence[Tensor]) -> bool:
+    """Whether these may be lent, too: larger models keep a GPU busy, and need its memory."""
+    limits = {m.device: memory_of(m.device) * _LITTLE for m in memories if not m.is_cpu}
+    if not limits:
+        return True
+    kept = [m for batch in _lending() for lent in list(batch._lent.values()) for m in lent.memory]
+    return all(sum(m.nbytes for m in [*kept, *memories] if m.device == device) <= limits[device] for device in limits)
 
 
 def _alone(objects: list[Any]) -> bool:

@@ -155,7 +155,7 @@ def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
             )
 
 
-@lru_cache(64)
+@lru_cache(8)
 def _programs(sizes: tuple[int, ...], per_program: int) -> tuple[Tensor, list[int]]:
     """The row of each program where row i takes `sizes[i]` things, and the first program of each row."""
     counts = [-(-size // per_program) for size in sizes]

@@ -53,10 +53,10 @@ def soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: Tensor) -> Tenso
     w = w.detach()
     if is_plain(w):
         return _soft_threshold(w, n, m, axis, scale)
-    if _is_compiling() and not _transforms_active():
-        result: Tensor = torch.ops.nm_sparsity.soft_threshold(w, n, m, axis, scale)
-        return result
-    return reference.soft_threshold(w, n, m, axis, scale)
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return reference.soft_threshold(w, n, m, axis, scale)
+    result: Tensor = torch.ops.nm_sparsity.soft_threshold(w, n, m, axis, scale)
+    return result
 
 
 def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
@@ -90,19 +90,19 @@ def _keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | Non
 
 
 def _soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: Tensor) -> Tensor:
-    if (found := covering(w, m, (axis,))) is None:
-        return reference.soft_threshold(w, n, m, axis, scale)
-    backend, lines = found
     out = torch.empty_like(w)
+    if (found := covering(w, m, (axis,))) is None:
+        return out.copy_(reference.soft_threshold(w, n, m, axis, scale))
+    backend, lines = found
     backend.select("soft", w, out, lines, n, m, scale)
     return out
 
 
 def _nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
-    if (found := covering(w, m, (axis,))) is None:
-        return reference.nm_mask(w, n, m, axis)
-    backend, lines = found
     out = torch.empty_like(w, dtype=torch.bool)
+    if (found := covering(w, m, (axis,))) is None:
+        return out.copy_(reference.nm_mask(w, n, m, axis))
+    backend, lines = found
     backend.select("mask", w, out, lines, n, m)
     return out
 

@@ -113,7 +113,7 @@ class Method:
     def values(self, batch: Batch, states: Sequence[WeightState], dtype: torch.dtype) -> list[Tensor]:
         """`value` of all weights in `batch` rounded to `dtype`, in one kernel launch.
 
-        Methods with a `value` of their own that leave this one as it is get their values a weight at a time.
+        A method with another `value` than this one belongs to is asked for it a weight at a time.
         """
         return batch.keep_largest(dtype)
 
@@ -199,9 +199,9 @@ class WeightState:
         return Placement(self.pattern, self.dims)
 
     def __post_init__(self) -> None:
-        method = type(self.method)
-        self.selects = method.value is Method.value and not self.method.starts_dense
-        self.batched = self.selects or (method.values is not Method.values and not self.method.starts_dense)
+        value, values = (_owner(type(self.method), name) for name in ("value", "values"))
+        self.selects = value is values is Method and not self.method.starts_dense
+        self.batched = issubclass(values, value) and not self.method.starts_dense
 
     def move_to(self, device: torch.device) -> None:
         """Take the count and the memory to the weight's `device`: what was made new, or comes from a file, may lie on
@@ -253,6 +253,11 @@ class WeightState:
         if value.stride() != w.stride():  # the same product in other strides may round otherwise
             value = torch.empty_like(w).copy_(value)
         return (value if dtype is None else value.to(dtype)).data  # with a version counter that starts at 0
+
+
+def _owner(method: type[Method], name: str) -> type:
+    """The class that `method` has an attribute from."""
+    return next(owner for owner in method.__mro__ if name in vars(owner))
 
 
 _METHODS: dict[str, type[Method]] = {}

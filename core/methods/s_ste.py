@@ -44,10 +44,8 @@ class SSTE(Method):
             for i, sums in zip(new, step.over_ranks(torch.stack(products)), strict=True):
                 step.states[i].memory["beta"] = _ratio(*sums)
         if step.fixing is not None:
-            weights = step.batch.weights
-            ones = [torch.ones((), device=w.device) for w in weights]
-            for w, soft in zip(weights, step.batch.soft_threshold(ones), strict=True):
-                w.copy_(torch.where(step.fixing, soft, w))
+            for w, state in zip(step.batch.weights, step.states, strict=True):
+                w.copy_(torch.where(step.fixing, _soft(w, state), w))
 
 
 def _beta(w: Tensor, state: WeightState) -> Tensor:
@@ -55,10 +53,15 @@ def _beta(w: Tensor, state: WeightState) -> Tensor:
     return _ratio(*_products(w.detach(), state)) if beta is None else beta.to(w.device)
 
 
+def _soft(w: Tensor, state: WeightState) -> Tensor:
+    """S(W)."""
+    return masks.soft_threshold(w, state.pattern, state.dims, torch.ones((), device=w.device))
+
+
 def _products(w: Tensor, state: WeightState) -> tuple[Tensor, Tensor]:
     """<W, S(W)> and <S(W), S(W)>, at least in fp32."""
     w = w.to(torch.promote_types(w.dtype, torch.float32))
-    soft = masks.soft_threshold(w, state.pattern, state.dims, torch.ones((), device=w.device))
+    soft = _soft(w, state)
     return (w * soft).sum(), (soft * soft).sum()
 
 

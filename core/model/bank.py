@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import TensorWeakRef
 
-from nm_sparsity.core.masks.batched import Batch
+from nm_sparsity.core.masks.batched import Batch, on_stream
 from nm_sparsity.core.masks.cuda import stream
 from nm_sparsity.core.methods import Method, WeightState
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
@@ -36,7 +36,6 @@ _NOTHING: dict[int, Any] = {}
 _version: Callable[[Tensor], int] = attrgetter("_version")
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _is_tracing = torch.compiler.is_dynamo_compiling
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _CALL = nn.Module._call_impl.__code__
 _generation = object()
 
@@ -109,12 +108,6 @@ class Launch:
         device = origins[0][0].device if origins else torch.device("cpu")
         self.stream = stream(device) if device.type == "cuda" else None
         """The CUDA stream that they were made on, for which no other waits."""
-
-    def is_stale(self, key: int, w: Tensor, state: WeightState) -> bool:
-        """Whether the weight `w` with the id `key` was written to since, or the present stream is another one."""
-        return self.marks[self.places[key]] != (w._version, w.data_ptr(), state.writes) or (
-            self.stream is not None and self.stream != stream(w.device)
-        )
 
     def note_lost(self) -> None:
         """Note what was written to a value in a way that was not sent on."""
@@ -218,6 +211,7 @@ class _Pass:
         others = [values for key, values in self.kept.items() if key != dtype]
         kept = self.kept.setdefault(dtype, {})
         if id(w) in kept or not state.batched or (not kept and any(id(w) in values for values in others)):
+            on_stream(w.device)
             launch = Launch([state.value(w, dtype)], [(w, state)], {id(w): 0})
         else:
             launch = self.scope.launch((w, state), kept.keys(), dtype)
@@ -240,22 +234,16 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def ready(w: Tensor, state: WeightState) -> WriteThrough | None:
-    """What a layer hands out for the shadow weight `w`, if the innermost pass of this thread has it already."""
-    passes, key = _thread.passes, id(w)
-    launch = passes[-1].kept.get(computed_dtype(w), _NOTHING).get(key) if passes else None
-    if launch is None or launch.is_stale(key, w, state) or _dispatch_modes():
-        return None
-    place = launch.places[key]
-    return hand_out(launch.values, place, launch.origins[place])
-
-
 def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
     """What a layer hands out for the shadow weight `w`, if a pass of this thread covers it."""
     key = id(w)
     for running in reversed(_thread.passes):
         launch = running.kept.get(dtype, _NOTHING).get(key)
-        if launch is None or launch.is_stale(key, w, state):
+        if (
+            launch is None
+            or launch.marks[launch.places[key]] != (w._version, w.data_ptr(), state.writes)
+            or (launch.stream is not None and launch.stream != stream(w.device))
+        ):
             launch = running.make(module, name, w, state, dtype)
         if launch is not None:
             place = launch.places[key]

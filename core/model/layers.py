@@ -23,6 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import SparsityError
+from nm_sparsity.core.masks.batched import on_stream
 from nm_sparsity.core.masks.ops import is_plain, straight_through
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import bank
@@ -31,7 +32,6 @@ from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _live: dict[int, ref[SparseLayer]] = {}
-_tracing_graph = torch.compiler.is_dynamo_compiling
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
 _WRAPPERS = {id(inspect.unwrap(f).__code__) for f in (WeightNorm.apply, parametrize.register_parametrization)}
@@ -238,10 +238,6 @@ def _not_replaced(layer: SparseLayer, name: str) -> SparsityError:
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
-    if not _tracing_graph() and not state.lost:
-        weight = bank.ready(w, state)
-        if weight is not None:
-            return weight
     if not is_plain(w):
         return _seen(layer, name, w, state)
     dtype = bank.computed_dtype(w)
@@ -265,6 +261,7 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
         return w
     if id(reader) in _WRAPPERS:
         raise _not_replaced(layer, name)
+    on_stream(w.device)
     return hand_out([state.value(w, dtype)], 0, (w, state), watched=True)
 
 

@@ -135,8 +135,8 @@ class _Part:
     def _side_by_side(self) -> list[Tensor]:
         sums, device = [state.lr_sum for state in self.states], self.batch.weights[0].device
         placed = [t for t in sums if isinstance(t, Tensor) and t.device == device]
-        bases = {id(t._base): t._base for t in placed}
-        if len(placed) == len(sums) and [base.numel() for base in bases.values() if base is not None] == [len(sums)]:
+        order = [(id(base), t.storage_offset(), base.numel()) for t in placed if (base := t._base) is not None]
+        if order and order == [(order[0][0], i, len(sums)) for i in range(len(sums))]:
             return placed  # of an earlier plan: a graph that captured a step may add to them
         wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # which other devices may lack
         places = list(torch.empty(len(sums), dtype=wide, device=device).unbind())

@@ -544,6 +544,32 @@ def test_compiled_blocks_alike_share_one_graph(how: str) -> None:
     assert graphs.frame_count == 1
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # functorch's own
+@pytest.mark.parametrize("transform", ["grad", "jacrev", "jvp"])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_transforms_inside_a_forward(transform: str, recorded: bool) -> None:
+    """The first read made the values of all layers; one that is read in a transform first is none of them."""
+
+    class Transforms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            if transform == "jvp":
+                tangent: Tensor = torch.func.jvp(self.second, (x,), (x,))[1]
+                return tangent
+            how = torch.func.grad if transform == "grad" else torch.func.jacrev
+            gradient: Tensor = how(lambda z: self.second(z).square().sum())(x)
+            return gradient
+
+    model = Transforms()
+    dense, x = masked_twin(model), torch.randn(2, 8)
+    with torch.set_grad_enabled(recorded):
+        assert torch.equal(model(x), dense(x))
+
+
 def test_a_compiled_forward_sees_what_it_writes_to_a_weight() -> None:
     class Halves(nn.Module):
         def __init__(self) -> None:

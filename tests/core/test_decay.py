@@ -475,6 +475,19 @@ def test_an_optimizer_of_some_weights_counts_for_those_alone() -> None:
     assert state == pytest.approx({"0.weight": LR, "2.weight": 2 * LR, "4.weight": LR})
 
 
+def test_a_copied_layer_counts_for_itself() -> None:
+    """Its sum is no longer one of those that lie side by side."""
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    sparsify(net, decay=LAMBDA)
+    for place in (None, 2, 0):
+        if place is not None:
+            net[place] = copy.deepcopy(net[1])
+        optimizer = torch.optim.SGD(net.parameters(), lr=torch.tensor(LR))
+        net(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+    assert [float(memory["lr_sum"]) for memory in sparsity_state(net).values()] == pytest.approx([3 * LR] * 3)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_threads_that_train_and_make_models_do_not_meet(shared: bool) -> None:
     """At a switch interval of a microsecond; each thread's result equals the one it has alone."""

@@ -609,9 +609,10 @@ def test_who_watches_sees_the_op_and_nobody_else_pays_for_it() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # opcheck's own
 @pytest.mark.parametrize("layout", ["linear", "channels_last", "transposed"])
-def test_opcheck(layout: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # which has no compiled kernel
+def test_opcheck(layout: str, dtype: torch.dtype) -> None:
     shape, (axis,), arrange = LAYOUTS[layout](4)
-    w = arrange(torch.randn(shape)).requires_grad_()
+    w = arrange(torch.randn(shape, dtype=dtype)).requires_grad_()
     torch.library.opcheck(torch.ops.nm_sparsity.keep_largest.default, (w, 2, 4, axis))
     torch.library.opcheck(torch.ops.nm_sparsity.keep_largest.default, (w, 2, 4, axis, torch.bfloat16))
     torch.library.opcheck(torch.ops.nm_sparsity.nm_mask.default, (w.detach(), 2, 4, axis))

@@ -29,7 +29,8 @@ from nm_sparsity.core import (
 from nm_sparsity.core.experiments.recipes import from_tree
 from nm_sparsity.core.experiments.run import as_json
 from nm_sparsity.core.files.checkpoint import restore, split
-from nm_sparsity.core.methods import base, method_names
+from nm_sparsity.core.methods import WeightState, base, method_names
+from nm_sparsity.core.methods.s_ste import SSTE
 from nm_sparsity.core.model.layers import sparse_weights
 
 STEPS = 6
@@ -124,6 +125,40 @@ def test_a_config_is_the_method_through_json_and_through_text(name: str) -> None
         config = SparsityConfig(method=method.name, hyperparameters=hyperparameters)
         assert config.make_method() == method
         assert from_tree(SparsityConfig, json.loads(json.dumps(as_json(config)))) == config
+
+
+class Doubled(SSTE):
+    """Overrides one of two that belong together."""
+
+    name = "doubled"
+
+    def value(self, w: Tensor, state: WeightState) -> Tensor:
+        return 2 * super().value(w, state)
+
+
+def test_a_value_of_ones_own_is_asked_for_inside_a_pass_too() -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsify(net, method=Doubled())
+    x = torch.randn(2, 16)
+    y = net(x)
+    assert torch.equal(y, net[1](net[0](x)))
+    finalize(net)
+    assert torch.equal(y, net(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(("pattern", "dtype"), [("2:4", torch.float32), ("2:4", torch.float64), ("1:3", torch.float32)])
+def test_s_ste_in_other_hands(pattern: str, dtype: torch.dtype) -> None:
+    """Compiled and traced, where compiled kernels mask and where they do not, in another memory format."""
+    net = nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1))
+    net = net.to(dtype, memory_format=torch.channels_last)
+    sparsify(net, pattern, method="s-ste")
+    x = torch.randn(2, 12, 4, 4, dtype=dtype)
+    expected = net(x)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(net, x, check_trace=False)(x), expected)
 
 
 @every_method

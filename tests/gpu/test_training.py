@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from nm_sparsity import decay_strength, finalize, keep_largest, nm_mask, sparsify, verify
+from nm_sparsity.core.masks import batched
 
 CUDA = "cuda"
 LAMBDA, LR = 0.5, 0.25
@@ -247,7 +248,7 @@ def test_eager_passes_and_a_captured_one_keep_their_values_apart() -> None:
         eager.sum().backward()
 
 
-def test_values_of_a_small_model_serve_the_next_pass() -> None:
+def test_values_of_a_small_model_serve_the_next_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     net, x = blocks(2), torch.randn(8, 64, device=CUDA)
     sparsify(net)
     read: list[Tensor] = []
@@ -263,6 +264,10 @@ def test_values_of_a_small_model_serve_the_next_pass() -> None:
     assert addresses == [kept] * 3
     assert read.pop().data_ptr() != kept, "the graph of an output needs the first values"
     del held
+    monkeypatch.setattr(batched, "_LITTLE", 0.0)
+    for _ in range(2):
+        net(x).sum().backward()
+    assert not net.__dict__["_nm_scope"]._batch._lent, "what is more than a little is kept for nobody"
 
 
 class OnTwoStreams(nn.Module):

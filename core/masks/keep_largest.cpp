@@ -254,7 +254,9 @@ INLINE void write_soft(const typename From::Bits* __restrict w, const typename F
             }
     };
     using One = std::integral_constant<int, 1>;
+    using Nine = std::integral_constant<int, 9>;  // 3 x 3 kernels in OIHW
     if (inner == 1) lines(One{}, One{});
+    else if (inner == 9 && nb == 9) lines(Nine{}, Nine{});
     else lines(inner, nb);
 }
 

@@ -8,6 +8,8 @@ A group is `m` consecutive entries of the flattening of the *reduction dimension
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,9 +30,7 @@ def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,), dtype: 
         SparsityError: if `w` is not floating point or the reduction size is not a multiple of M.
     """
     n, m = _check(w, pattern, dims)
-    if len(dims) == 1:
-        return ops.keep_largest(w, n, m, dims[0], dtype)
-    return restore_order(ops.keep_largest(reduction_last(w, dims), n, m, w.dim() - len(dims), dtype), w.shape, dims)
+    return _along(dims, w, lambda w, axis: ops.keep_largest(w, n, m, axis, dtype))
 
 
 def soft_threshold(w: Tensor, pattern: str | NMPattern, dims: Dims, scale: Tensor) -> Tensor:
@@ -39,19 +39,13 @@ def soft_threshold(w: Tensor, pattern: str | NMPattern, dims: Dims, scale: Tenso
     It has no gradient.
     """
     n, m = _check(w, pattern, dims)
-    if len(dims) == 1:
-        return ops.soft_threshold(w, n, m, dims[0], scale)
-    flat = ops.soft_threshold(reduction_last(w, dims), n, m, w.dim() - len(dims), scale)
-    return restore_order(flat, w.shape, dims)
+    return _along(dims, w, lambda w, axis: ops.soft_threshold(w, n, m, axis, scale))
 
 
 def nm_mask(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:
     """Boolean mask of the entries that `keep_largest` keeps, in the shape of `w`."""
     n, m = _check(w, pattern, dims)
-    w = w.detach()
-    if len(dims) == 1:
-        return ops.nm_mask(w, n, m, dims[0])
-    return restore_order(ops.nm_mask(reduction_last(w, dims), n, m, w.dim() - len(dims)), w.shape, dims)
+    return _along(dims, w.detach(), lambda w, axis: ops.nm_mask(w, n, m, axis))
 
 
 def add_dropped_(target: Tensor, w: Tensor, pattern: str | NMPattern, dims: Dims, scale: float | Tensor) -> Tensor:
@@ -79,6 +73,13 @@ def count_violations(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> 
 def group_count(w: Tensor, pattern: str | NMPattern) -> int:
     """The number of groups of `w`."""
     return w.numel() // NMPattern.parse(pattern).m
+
+
+def _along(dims: Dims, w: Tensor, masked: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """What `masked` makes of `w` along an axis, for groups along one dimension or several."""
+    if len(dims) == 1:
+        return masked(w, dims[0])
+    return restore_order(masked(reduction_last(w, dims), w.dim() - len(dims)), w.shape, dims)
 
 
 def _check(w: Tensor, pattern: str | NMPattern, dims: Dims) -> tuple[int, int]:

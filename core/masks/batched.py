@@ -253,16 +253,15 @@ class _Part:
         The second list has the positions in the batch of those that do not lie in memory as the weight does, or have
         another dtype than `dtype`.
         """
-        fits = dtype == torch.bool or rounds_to(self.dtype, dtype)
         present = [t for i in self.places if (t := tensors[i]) is not None]
-        if fits and list(map(Tensor.stride, present)) == self._strides and {*map(_dtype_of, present)} == {dtype}:
+        if list(map(Tensor.stride, present)) == self._strides and {*map(_dtype_of, present)} == {dtype}:
             return list(map(Tensor.data_ptr, present)), []
         addresses, refused = [], []
         for i, strides, w in zip(self.places, self._strides, self._weights, strict=True):
             t = tensors[i]
             if t is None:
                 addresses.append(0)
-            elif t.dtype is dtype and fits and (t.stride() == strides or lie_alike(t, w)):
+            elif t.dtype is dtype and (t.stride() == strides or lie_alike(t, w)):
                 addresses.append(t.data_ptr())
             else:
                 addresses.append(0)

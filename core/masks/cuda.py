@@ -69,12 +69,12 @@ class Rows:
         if not len(self._programs):
             return
         grid = len(self._programs), 1, 1
-        if isinstance(scale, Sequence):
-            scale = self._on_device("scales", scale)
-        pointer = scale if isinstance(scale, Tensor) and scale.device == self._device else None
         aligned = self._aligned and (out is not None or not any(address % 16 for address in places))
-        form = result, dtype, out is None, aligned, changes is None, None if pointer is None else pointer.dtype
         with _current(self._device):
+            if isinstance(scale, Sequence):
+                scale = self._on_device("scales", scale)
+            pointer = scale if isinstance(scale, Tensor) and scale.device == self._device else None
+            form = result, dtype, out is None, aligned, changes is None, None if pointer is None else pointer.dtype
             args = (
                 self._on_device("programs", self._programs),
                 self._on_device("table", self._table),

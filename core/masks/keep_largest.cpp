@@ -167,6 +167,16 @@ INLINE void keep_side_by_side(const typename From::Bits* w, typename From::Key* 
     }
 }
 
+// Calls `loops` with the stride between lines and their length: loops of a known length become vector code, so contiguous
+// groups and 3 x 3 kernels in OIHW have theirs.
+template <class Loops> INLINE void with_known_lengths(int64_t inner, int64_t stride, int nb, Loops&& loops) {
+    using One = std::integral_constant<int, 1>;
+    using Nine = std::integral_constant<int, 9>;
+    if (inner == 1) loops(One{}, One{});
+    else if (inner == 9) loops(Nine{}, Nine{});
+    else loops(stride, nb);
+}
+
 // All ones into `kept`, in memory order, for what is kept of `na` times `nb` groups, whose lines are `inner` apart.
 template <int M, class From>
 INLINE void keep_tile(const typename From::Bits* __restrict w, typename From::Key* __restrict kept, int64_t inner, int na,
@@ -184,12 +194,9 @@ INLINE void keep_tile(const typename From::Bits* __restrict w, typename From::Ke
                 for (int b = 0; b < nb; b++) visit(j, a * nb + b, (int64_t(a) * M + j) * stride + b);
     };
     const auto each = [&](int64_t stride, auto&& visit) __attribute__((always_inline)) {
-        using One = std::integral_constant<int, 1>;
-        using Nine = std::integral_constant<int, 9>;
-        // Loops of a known length become vector code: contiguous groups, and 3 x 3 kernels in OIHW.
-        if (inner == 1) lines(One{}, One{}, visit);
-        else if (inner == 9) lines(Nine{}, Nine{}, visit);
-        else lines(stride, nb, visit);
+        with_known_lengths(inner, stride, nb, [&](auto stride, auto nb) __attribute__((always_inline)) {
+            lines(stride, nb, visit);
+        });
     };
     each(inner, [&](int j, int t, int64_t p) { key[j][t] = std::min(Key(w[p] & Bits(~SIGN)), From::nan_key); });
     for (int j = 0; j < M; j++) {
@@ -238,7 +245,7 @@ INLINE void write_soft(const typename From::Bits* __restrict w, const typename F
                        int nb, float scale) {
     using Bits = typename From::Bits;
     constexpr Bits SIZE = Bits(~(Bits(1) << (8 * sizeof(Bits) - 1)));
-    const auto lines = [=](auto stride, auto nb) __attribute__((always_inline)) {
+    with_known_lengths(inner, inner, nb, [=](auto stride, auto nb) __attribute__((always_inline)) {
         for (int a = 0; a < na; a++)
             for (int b = 0; b < nb; b++) {
                 const int64_t at = a * M * stride + b, in = a * M * nb + b;
@@ -252,12 +259,7 @@ INLINE void write_soft(const typename From::Bits* __restrict w, const typename F
                     out[at + j * stride] = To::round(as_float(kept[in + j * nb] ? soft : 0));
                 }
             }
-    };
-    using One = std::integral_constant<int, 1>;
-    using Nine = std::integral_constant<int, 9>;  // 3 x 3 kernels in OIHW
-    if (inner == 1) lines(One{}, One{});
-    else if (inner == 9 && nb == 9) lines(Nine{}, Nine{});
-    else lines(inner, nb);
+    });
 }
 
 // The tile of the groups (a0 .. a0 + na, b0 .. b0 + nb); how many entries of the mask changed.
@@ -311,17 +313,18 @@ using Kernel = int (*)(const Weight&, int64_t, int, int64_t, int);
     EVERY_MACHINE int NAME(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) { return BODY; }
 #define APPLY(BYTES) KERNEL(apply_##BYTES, (void(b0), void(nb), apply_mask<uint##BYTES##_t>(weight, a0, na)))
 #define SELECT(NAME, M, FROM, TO, RESULT) KERNEL(NAME##_##M, (tile<M, FROM, TO, RESULT>(weight, a0, na, b0, nb)))
+#define VALUES(NAME, M, RESULT) \
+    SELECT(NAME##_00, M, Float32, Float32, RESULT) \
+    SELECT(NAME##_01, M, Float32, BFloat16, RESULT) \
+    SELECT(NAME##_02, M, Float32, Float16, RESULT) \
+    SELECT(NAME##_11, M, BFloat16, BFloat16, RESULT) \
+    SELECT(NAME##_22, M, Float16, Float16, RESULT) \
+    constexpr Kernel NAME##_##M[3][3] = {{NAME##_00_##M, NAME##_01_##M, NAME##_02_##M}, \
+                                         {nullptr, NAME##_11_##M, nullptr}, \
+                                         {nullptr, nullptr, NAME##_22_##M}};
 #define SELECTS(M) \
-    SELECT(keep_00, M, Float32, Float32, KEEP) \
-    SELECT(keep_01, M, Float32, BFloat16, KEEP) \
-    SELECT(keep_02, M, Float32, Float16, KEEP) \
-    SELECT(keep_11, M, BFloat16, BFloat16, KEEP) \
-    SELECT(keep_22, M, Float16, Float16, KEEP) \
-    SELECT(soft_00, M, Float32, Float32, SOFT) \
-    SELECT(soft_01, M, Float32, BFloat16, SOFT) \
-    SELECT(soft_02, M, Float32, Float16, SOFT) \
-    SELECT(soft_11, M, BFloat16, BFloat16, SOFT) \
-    SELECT(soft_22, M, Float16, Float16, SOFT) \
+    VALUES(keep, M, KEEP) \
+    VALUES(soft, M, SOFT) \
     SELECT(mask_0, M, Float32, Float32, MASK) \
     SELECT(mask_1, M, BFloat16, BFloat16, MASK) \
     SELECT(mask_2, M, Float16, Float16, MASK) \
@@ -329,13 +332,10 @@ using Kernel = int (*)(const Weight&, int64_t, int, int64_t, int);
     SELECT(add_1, M, BFloat16, BFloat16, ADD_DROPPED) \
     SELECT(add_2, M, Float16, Float16, ADD_DROPPED) \
     Kernel find_##M(int result, int from, int to) { \
-        constexpr Kernel keep[3][3] = { \
-            {keep_00_##M, keep_01_##M, keep_02_##M}, {nullptr, keep_11_##M, nullptr}, {nullptr, nullptr, keep_22_##M}}; \
-        constexpr Kernel soft[3][3] = { \
-            {soft_00_##M, soft_01_##M, soft_02_##M}, {nullptr, soft_11_##M, nullptr}, {nullptr, nullptr, soft_22_##M}}; \
         constexpr Kernel mask[3] = {mask_0_##M, mask_1_##M, mask_2_##M}, add[3] = {add_0_##M, add_1_##M, add_2_##M}; \
-        if (result == SOFT) return soft[from][to]; \
-        return result == KEEP ? keep[from][to] : result == MASK ? mask[from] : add[from]; \
+        if (result == KEEP) return keep_##M[from][to]; \
+        if (result == SOFT) return soft_##M[from][to]; \
+        return result == MASK ? mask[from] : add[from]; \
     }
 SELECTS(2) SELECTS(4) SELECTS(8) SELECTS(16) SELECTS(32)
 APPLY(16) APPLY(32) APPLY(64)

@@ -46,7 +46,7 @@ def keep_largest(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return torch.where(nm_mask(w, n, m, axis), w, out, out=out)
 
 
-def soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: float | Tensor = 1.0) -> Tensor:
+def soft_threshold(w: Tensor, n: int, m: int, axis: int, scale: Tensor) -> Tensor:
     """`scale` times what is kept, brought towards zero by the largest magnitude that its group drops; the rest is +0.
 
     Computed in fp32 (fp64 if `w` is) and rounded once.

@@ -1,5 +1,6 @@
 """How every figure is timed: alternatives in turn, round after round, so that a busy machine disturbs all alike.
 
+Each round has an order of its own: what ran before leaves its caches behind, which is worth some percent.
 By `seconds`, or by a clock that the caller brings; medians and quartiles of the rounds. Callables take a running
 number, with which they choose among inputs that together exceed the cache.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import statistics
 import sys
 import time
@@ -74,10 +76,12 @@ def compare(
         once = first if first > 1000 * least_seconds else sample(call, 1)
         calls[name] = min(1000, int(least_seconds / max(once, 1e-7)) + 1)
     samples: dict[str, list[float]] = {name: [] for name in alternatives}
+    order, shuffle = list(alternatives.items()), random.Random(0).shuffle
     for done in range(rounds):
         if done and budget is not None and budget.spent:
             break
-        for name, call in alternatives.items():
+        shuffle(order)
+        for name, call in order:
             samples[name].append(sample(call, calls[name]))
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 

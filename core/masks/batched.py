@@ -302,13 +302,14 @@ class _Lent:
 
     def is_back(self) -> bool:
         """Whether nobody else holds the list, a tensor in it or their memory, and all is as it was handed out."""
-        return (
-            _alone(self.list)
-            and _alone(self.list[0])  # a graph that saved a tensor counts, too
-            and list(map(Tensor.data_ptr, self.list[0])) == self._pointers
-            and not any(map(_version, self.list[0]))
-            and sum(map(_holders, self.memory)) == self._holders
-        )
+        with torch._C.DisableTorchFunctionSubclass():  # which attributes of subclasses are looked up for, slowly
+            return (
+                _alone(self.list)
+                and _alone(self.list[0])  # a graph that saved a tensor counts, too
+                and list(map(Tensor.data_ptr, self.list[0])) == self._pointers
+                and not any(map(_version, self.list[0]))
+                and sum(map(_holders, self.memory)) == self._holders
+            )
 
 
 _lenders: dict[int, ref[Batch]] = {}

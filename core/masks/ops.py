@@ -21,7 +21,7 @@ from nm_sparsity.core.masks.memory import lines_in_memory
 
 _PLAIN = (torch.nn.Parameter, Tensor)
 # Bound once: every read of a sparse weight asks.
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracer = torch._C._get_tracing_state
@@ -65,17 +65,20 @@ def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
     return _nm_mask(w, n, m, axis) if is_plain(w) else torch.ops.nm_sparsity.nm_mask(w, n, m, axis)
 
 
-def is_plain(w: Tensor) -> bool:
-    """Whether nothing but autograd watches: no tracer, mode, transform or tensor subclass, and `w` has memory."""
+def is_watched() -> bool:
+    """Whether a tracer, a mode or a transform sees what is computed, not autograd alone."""
     return (
-        not _is_compiling()
-        and type(w) in _PLAIN
-        and not _dispatch_modes()
-        and not _transforms_active()
-        and forward_ad._current_level < 0
-        and _tracer() is None
-        and not w.is_meta
+        _is_compiling()
+        or _dispatch_modes() > 0
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _tracer() is not None
     )
+
+
+def is_plain(w: Tensor) -> bool:
+    """Whether nothing but autograd sees what is computed with `w`: no tensor subclass, and one that has memory."""
+    return not is_watched() and type(w) in _PLAIN and not w.is_meta
 
 
 def _keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None = None) -> Tensor:

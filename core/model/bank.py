@@ -28,13 +28,16 @@ from torch.utils.weak import TensorWeakRef
 
 from nm_sparsity.core.masks.batched import Batch, on_stream
 from nm_sparsity.core.masks.cuda import stream
+from nm_sparsity.core.masks.ops import is_watched
 from nm_sparsity.core.methods import Method, WeightState
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _SCOPE = "_nm_scope"
 _NOTHING: dict[int, Any] = {}
 _version: Callable[[Tensor], int] = attrgetter("_version")
+# Bound once: every read of a sparse weight asks.
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_records = torch.is_grad_enabled
 _is_tracing = torch.compiler.is_dynamo_compiling
 _CALL = nn.Module._call_impl.__code__
 _generation = object()
@@ -102,16 +105,28 @@ class Launch:
         """Whose values they are. Kept alive, so that ids stay their own."""
         self.places = places
         """Where each of them stands, by the id of the shadow weight."""
-        self.marks = [(w._version, w.data_ptr(), state.writes) for w, state in origins]
-        """What tells, as far as that can be seen, that a weight was written to since: its version counter, its pointer,
-        the number of writes that were sent on."""
-        device = origins[0][0].device if origins else torch.device("cpu")
-        self.stream = stream(device) if device.type == "cuda" else None
+        weights = [w for w, _ in origins]
+        # What tells, as far as that can be seen, that a weight was written to since.
+        self._versions, self._pointers = list(map(_version, weights)), list(map(Tensor.data_ptr, weights))
+        self._writes = [state.writes for _, state in origins]
+        device = weights[0].device
+        self._stream = stream(device) if device.type == "cuda" else None
         """The CUDA stream that they were made on, for which no other waits."""
+
+    def serves(self, place: int, w: Tensor, state: WeightState) -> bool:
+        """Whether the value at `place` is still that of `w`, for what is computed now."""
+        return (
+            self._versions[place] == w._version
+            and self._pointers[place] == w.data_ptr()
+            and self._writes[place] == state.writes
+            and (self._stream is None or self._stream == stream(w.device))
+        )
 
     def note_lost(self) -> None:
         """Note what was written to a value in a way that was not sent on."""
-        if self.values and not self.values[0].is_inference() and any(map(_version, self.values)):
+        with torch._C.DisableTorchFunctionSubclass():  # which attributes of our subclass are looked up for, slowly
+            written = not self.values[0].is_inference() and any(map(_version, self.values))
+        if written:
             for value, (_, state) in zip(self.values, self.origins, strict=True):
                 if value._version:
                     state.lost = True
@@ -191,15 +206,17 @@ class _Pass:
         self.scope = scope
         self.depth = 1
         self.launches: list[Launch] = []
-        self.kept: dict[torch.dtype, dict[int, Launch]] = {}
-        """The latest launch of each value, by dtype and the id of the shadow weight."""
+        self.kept: dict[torch.dtype | None, dict[int, Launch]] = {}
+        """The latest launch of each value, by what autocast asks for and the id of the shadow weight."""
 
     @cached_property
     def sharded(self) -> bool:
         """Whether FSDP2 has weights that are not gathered when the first call inside begins."""
         return DTensor in set(map(type, self.scope.holding().weights))
 
-    def make(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Launch | None:
+    def make(
+        self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype | None
+    ) -> Launch | None:
         """The value of the shadow weight `w`, if it is one of the scope's, that was not made yet or is stale.
 
         The first one makes all others with it. What was written to, is read on another stream, or is the first that is
@@ -214,7 +231,7 @@ class _Pass:
             on_stream(w.device)
             launch = Launch([state.value(w, dtype)], [(w, state)], {id(w): 0})
         else:
-            launch = self.scope.launch((w, state), kept.keys(), dtype)
+            launch = self.scope.launch((w, state), kept.keys(), dtype or w.dtype)
         kept.update(dict.fromkeys(launch.places, launch))
         self.launches.append(launch)
         return launch
@@ -234,16 +251,29 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
-    """What a layer hands out for the shadow weight `w`, if a pass of this thread covers it."""
+def ready(w: Tensor, state: WeightState) -> WriteThrough | None:
+    """What a layer hands out for the shadow weight `w`, where the running pass has it and records gradients.
+
+    This is a short way for the reads of training, that of `value_in_pass` with nothing to make.
+    """
+    if not _records() or is_watched() or not (passes := _thread.passes):
+        return None
+    key, dtype = id(w), autocast_dtype(w) if _autocast() else None
+    launch = passes[-1].kept.get(dtype, _NOTHING).get(key)
+    if launch is None or state.lost or not launch.serves(place := launch.places[key], w, state):
+        return None
+    value = launch.values[place]
+    return value if type(value) is WriteThrough and w.requires_grad else None
+
+
+def value_in_pass(
+    module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype | None
+) -> WriteThrough | None:
+    """What a layer hands out for the shadow weight `w` in `dtype`, if a pass of this thread covers it."""
     key = id(w)
     for running in reversed(_thread.passes):
         launch = running.kept.get(dtype, _NOTHING).get(key)
-        if (
-            launch is None
-            or launch.marks[launch.places[key]] != (w._version, w.data_ptr(), state.writes)
-            or (launch.stream is not None and launch.stream != stream(w.device))
-        ):
+        if launch is None or not launch.serves(launch.places[key], w, state):
             launch = running.make(module, name, w, state, dtype)
         if launch is not None:
             place = launch.places[key]
@@ -251,12 +281,11 @@ def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtyp
     return None
 
 
-def computed_dtype(w: Tensor) -> torch.dtype:
-    """The dtype that a product with `w` is computed in here: what autocast would round it to."""
-    dtype = w.dtype
-    if _autocast() and dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
+def autocast_dtype(w: Tensor) -> torch.dtype | None:
+    """What autocast rounds `w` to here, for a product; None where it leaves it as it is."""
+    if _autocast() and w.dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
         return torch.get_autocast_dtype(w.device.type)
-    return dtype
+    return None
 
 
 def end_passes() -> None:

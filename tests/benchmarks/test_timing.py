@@ -44,7 +44,8 @@ def test_alternatives_take_turns_and_short_ones_repeat() -> None:
     after_warm_up = clock.order[4:]  # two calls each
     rounds = [after_warm_up[i : i + 4] for i in range(0, len(after_warm_up), 4)]
     assert all(sorted(names) == ["fast"] * 3 + ["slow"] for names in rounds)
-    assert len(rounds) == 8 and {names[0] for names in rounds} == {"slow", "fast"}, "each goes first at times"
+    assert len(rounds) == 8
+    assert {names[0] for names in rounds} == {"slow", "fast"}, "each goes first at times"
 
 
 def test_a_spent_budget_ends_the_rounds_after_the_first() -> None:

@@ -109,8 +109,8 @@ class Launch:
         # What tells, as far as that can be seen, that a weight was written to since.
         self._versions, self._pointers = list(map(_version, weights)), list(map(Tensor.data_ptr, weights))
         self._writes = [state.writes for _, state in origins]
-        device = weights[0].device
-        self._stream = stream(device) if device.type == "cuda" else None
+        self._device = weights[0].device
+        self._stream = stream(self._device) if self._device.type == "cuda" else None
         """The CUDA stream that they were made on, for which no other waits."""
 
     def serves(self, place: int, w: Tensor, state: WeightState) -> bool:
@@ -119,7 +119,7 @@ class Launch:
             self._versions[place] == w._version
             and self._pointers[place] == w.data_ptr()
             and self._writes[place] == state.writes
-            and (self._stream is None or self._stream == stream(w.device))
+            and (self._stream is None or self._stream == stream(self._device))
         )
 
     def note_lost(self) -> None:
@@ -283,8 +283,10 @@ def value_in_pass(
 
 def autocast_dtype(w: Tensor) -> torch.dtype | None:
     """What autocast rounds `w` to here, for a product; None where it leaves it as it is."""
-    if _autocast() and w.dtype == torch.float32 and torch.is_autocast_enabled(w.device.type):
-        return torch.get_autocast_dtype(w.device.type)
+    if _autocast() and w.dtype == torch.float32:
+        device = w.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
     return None
 
 

@@ -203,9 +203,11 @@ def _begin(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """The global hook: makes `_before_step` the last of the optimizer's own, after the user's that clip gradients."""
     bank.end_passes()
     if _plan(optimizer).parts or watchdog.alert():
-        if (handle := optimizer.__dict__.get(_HANDLE)) is not None:
-            handle.remove()
-        optimizer.__dict__[_HANDLE] = optimizer.register_step_pre_hook(_before_step)
+        handle = optimizer.__dict__.get(_HANDLE)
+        if handle is None or next(reversed(optimizer._optimizer_step_pre_hooks), None) != handle.id:
+            if handle is not None:
+                handle.remove()
+            optimizer.__dict__[_HANDLE] = optimizer.register_step_pre_hook(_before_step)
 
 
 @_outside_graphs

@@ -181,7 +181,7 @@ def measure(
     timings = on_host = timing.compare(calls, device, rounds, budget=budget)
     if device.type == "cuda":
         on_host = timing.compare(calls, device, rounds, clock=host_seconds, budget=budget)
-    # Only now: a process that has used the profiler is slower by some percent, what Python does more than the rest.
+    # Memory only now: once a process has used the profiler, its steps take some percent longer.
     for variant, t in timings.items():
         ratio, *spread = t.over(timings["dense"])
         launches = kernels(calls[variant]) if device.type == "cuda" else (None, None)

@@ -1,7 +1,7 @@
 """How every figure is timed: alternatives in turn, round after round, so that a busy machine disturbs all alike.
 
-Each round has an order of its own: what ran before leaves its caches behind, which is worth some percent.
-By `seconds`, or by a clock that the caller brings; medians and quartiles of the rounds. Callables take a running
+By `seconds`, or by a clock that the caller brings; medians and quartiles of the rounds. Each round takes them in
+another order, since what ran before leaves its caches behind, which is worth some percent. Callables take a running
 number, with which they choose among inputs that together exceed the cache.
 """
 

@@ -302,7 +302,7 @@ class _Lent:
 
     def is_back(self) -> bool:
         """Whether nobody else holds the list, a tensor in it or their memory, and all is as it was handed out."""
-        with torch._C.DisableTorchFunctionSubclass():  # which attributes of subclasses are looked up for, slowly
+        with torch._C.DisableTorchFunctionSubclass():  # or each value is asked for its __torch_function__ first
             return (
                 _alone(self.list)
                 and _alone(self.list[0])  # a graph that saved a tensor counts, too

@@ -21,7 +21,7 @@ from nm_sparsity.core.masks.memory import lines_in_memory
 
 _PLAIN = (torch.nn.Parameter, Tensor)
 # Bound once: every read of a sparse weight asks.
-_is_compiling = torch.compiler.is_dynamo_compiling
+_is_tracing = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms_active = torch._C._are_functorch_transforms_active
 _tracer = torch._C._get_tracing_state
@@ -66,9 +66,9 @@ def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:
 
 
 def is_watched() -> bool:
-    """Whether a tracer, a mode or a transform sees what is computed, not autograd alone."""
+    """Whether a tracer, a dispatch mode or a transform sees what is computed, not autograd alone."""
     return (
-        _is_compiling()
+        _is_tracing()
         or _dispatch_modes() > 0
         or _transforms_active()
         or forward_ad._current_level >= 0

@@ -109,12 +109,12 @@ class Launch:
         # What tells, as far as that can be seen, that a weight was written to since.
         self._versions, self._pointers = list(map(_version, weights)), list(map(Tensor.data_ptr, weights))
         self._writes = [state.writes for _, state in origins]
-        self._device = weights[0].device
+        self._device = weights[0].device if weights else torch.device("cpu")
         self._stream = stream(self._device) if self._device.type == "cuda" else None
         """The CUDA stream that they were made on, for which no other waits."""
 
     def serves(self, place: int, w: Tensor, state: WeightState) -> bool:
-        """Whether the value at `place` is still that of `w`, for what is computed now."""
+        """Whether the value at `place` is still that of `w`, on the present stream."""
         return (
             self._versions[place] == w._version
             and self._pointers[place] == w.data_ptr()
@@ -124,8 +124,8 @@ class Launch:
 
     def note_lost(self) -> None:
         """Note what was written to a value in a way that was not sent on."""
-        with torch._C.DisableTorchFunctionSubclass():  # which attributes of our subclass are looked up for, slowly
-            written = not self.values[0].is_inference() and any(map(_version, self.values))
+        with torch._C.DisableTorchFunctionSubclass():  # or each value is asked for its __torch_function__ first
+            written = self.values and not self.values[0].is_inference() and any(map(_version, self.values))
         if written:
             for value, (_, state) in zip(self.values, self.origins, strict=True):
                 if value._version:
@@ -206,17 +206,15 @@ class _Pass:
         self.scope = scope
         self.depth = 1
         self.launches: list[Launch] = []
-        self.kept: dict[torch.dtype | None, dict[int, Launch]] = {}
-        """The latest launch of each value, by what autocast asks for and the id of the shadow weight."""
+        self.kept: dict[torch.dtype, dict[int, Launch]] = {}
+        """The latest launch of each value, by dtype and the id of the shadow weight."""
 
     @cached_property
     def sharded(self) -> bool:
         """Whether FSDP2 has weights that are not gathered when the first call inside begins."""
         return DTensor in set(map(type, self.scope.holding().weights))
 
-    def make(
-        self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype | None
-    ) -> Launch | None:
+    def make(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Launch | None:
         """The value of the shadow weight `w`, if it is one of the scope's, that was not made yet or is stale.
 
         The first one makes all others with it. What was written to, is read on another stream, or is the first that is
@@ -231,7 +229,7 @@ class _Pass:
             on_stream(w.device)
             launch = Launch([state.value(w, dtype)], [(w, state)], {id(w): 0})
         else:
-            launch = self.scope.launch((w, state), kept.keys(), dtype or w.dtype)
+            launch = self.scope.launch((w, state), kept.keys(), dtype)
         kept.update(dict.fromkeys(launch.places, launch))
         self.launches.append(launch)
         return launch
@@ -252,23 +250,21 @@ _thread = _Thread()
 
 
 def ready(w: Tensor, state: WeightState) -> WriteThrough | None:
-    """What a layer hands out for the shadow weight `w`, where the running pass has it and records gradients.
+    """What a layer hands out for the shadow weight `w` where gradients are recorded, if the innermost pass has it.
 
-    This is a short way for the reads of training, that of `value_in_pass` with nothing to make.
+    The short way that nearly all reads of training go; None leaves it to `value_in_pass`.
     """
     if not _records() or is_watched() or not (passes := _thread.passes):
         return None
-    key, dtype = id(w), autocast_dtype(w) if _autocast() else None
-    launch = passes[-1].kept.get(dtype, _NOTHING).get(key)
+    key = id(w)
+    launch = passes[-1].kept.get(computed_dtype(w), _NOTHING).get(key)
     if launch is None or state.lost or not launch.serves(place := launch.places[key], w, state):
         return None
     value = launch.values[place]
     return value if type(value) is WriteThrough and w.requires_grad else None
 
 
-def value_in_pass(
-    module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype | None
-) -> WriteThrough | None:
+def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
     """What a layer hands out for the shadow weight `w` in `dtype`, if a pass of this thread covers it."""
     key = id(w)
     for running in reversed(_thread.passes):
@@ -281,13 +277,14 @@ def value_in_pass(
     return None
 
 
-def autocast_dtype(w: Tensor) -> torch.dtype | None:
-    """What autocast rounds `w` to here, for a product; None where it leaves it as it is."""
-    if _autocast() and w.dtype == torch.float32:
+def computed_dtype(w: Tensor) -> torch.dtype:
+    """The dtype that a product with `w` is computed in here: what autocast would round it to."""
+    dtype = w.dtype
+    if _autocast() and dtype == torch.float32:
         device = w.device.type
         if torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-    return None
+    return dtype
 
 
 def end_passes() -> None:

@@ -31,7 +31,6 @@ from nm_sparsity.core.model.candidates import why_not_tensor
 from nm_sparsity.core.model.wrappers import unwrap
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
-_NONE: dict[str, WeightState] = {}
 _live: dict[int, ref[SparseLayer]] = {}
 _GET_PARAMETER = nn.Module.get_parameter.__code__
 """What looks for a Parameter by name, as Hugging Face's loader does."""
@@ -57,11 +56,11 @@ class SparseLayer:
     """Mixin in front of a dense layer class; made by `convert`, undone by `revert`."""
 
     # Defaults on the class, so that ``type(layer)(...)`` makes a layer that is dense until it is converted.
-    nm_weights = _NONE
+    nm_weights: dict[str, WeightState] = {}  # noqa: RUF012
     """What makes each weight sparse, by parameter name."""
     _nm_raw = False
     """While set, the weight properties return the shadow weights."""
-    _nm_frozen: dict[tuple[str, torch.dtype | None], Tensor] | None = None
+    _nm_frozen: dict[tuple[str, torch.dtype], Tensor] | None = None
     """Inside `frozen`: the masked weights computed so far."""
     _nm_blocks = 0
     """How many `frozen` blocks the layer is in."""
@@ -206,19 +205,17 @@ def _rebuild(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _property(name: str) -> property:
     def get(layer: SparseLayer) -> Any:
-        own = layer.__dict__  # a module looks its attributes up in a slow way
-        w = own["_parameters"].get(name)
-        if w is None and name not in own["_parameters"]:
-            if name not in own:
+        w = layer._parameters.get(name)
+        if w is None and name not in layer._parameters:
+            if name not in layer.__dict__:
                 raise AttributeError(f"{type(layer).__name__} has no {name}: something took its parameter away")
-            w = own[name]
-        state = own.get("nm_weights", _NONE).get(name)
-        if w is None or state is None or own.get("_nm_raw"):
+            w = layer.__dict__[name]
+        state = layer.nm_weights.get(name)
+        if w is None or state is None or layer._nm_raw:
             return w
-        if (weight := bank.ready(w, state)) is not None:
-            return weight
         try:
-            return _effective(layer, name, w, state)
+            weight = bank.ready(w, state)
+            return _effective(layer, name, w, state) if weight is None else weight
         except AttributeError as error:
             # nn.Module would answer an AttributeError with the dense weight from _parameters, in silence.
             raise RuntimeError(f"the sparse weight {name} of {type(layer).__name__} failed: {error}") from error
@@ -244,7 +241,7 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
     if not is_plain(w):
         return _seen(layer, name, w, state)
-    dtype = bank.autocast_dtype(w)
+    dtype = bank.computed_dtype(w)
     if state.lost:
         state.lost = False
         raise RuntimeError(
@@ -273,7 +270,7 @@ def _seen(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Tenso
     """What `layer` computes with where somebody watches, who sees nothing but operations."""
     if type(w) is DTensor:
         return _sharded(layer, name, w, state)
-    dtype = bank.autocast_dtype(w)
+    dtype = bank.computed_dtype(w)
     if state.selects:
         return masks.keep_largest(w, state.pattern, state.dims, dtype)
     return straight_through(w, state.value(w, dtype))

@@ -471,6 +471,22 @@ def test_gradients_arrive_in_the_order_of_the_dense_model() -> None:
     assert orders[0] == orders[1]
 
 
+def test_a_weight_that_takes_another_dtype_where_it_lies_gets_a_new_value() -> None:
+    class Cast(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            before = self[0].weight
+            w = self[0]._parameters["weight"]
+            w.data = w.data.view(torch.bfloat16)
+            assert before.dtype == torch.float16
+            after: Tensor = self[0].weight
+            return after
+
+    model = Cast(nn.Linear(16, 16))
+    sparsify(model)
+    after = model.half()(torch.empty(0))
+    assert torch.equal(after, keep_largest(model[0].get_parameter("weight").detach(), "2:4"))
+
+
 def test_values_of_two_dtypes_take_turns() -> None:
     model, x = blocks(), torch.randn(2, 16)
     dense = masked_twin(model)

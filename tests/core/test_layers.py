@@ -5,11 +5,13 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.overrides import TorchFunctionMode
 
 from nm_sparsity.core import Method, SparsityError, WeightState, finalize, frozen, keep_largest, sparsify, verify
 from nm_sparsity.core.model.layers import SparseLayer, live_layers, sparse_weights
@@ -209,6 +211,44 @@ def test_an_attribute_error_inside_the_property_is_not_swallowed() -> None:
     sparsify(sparse, method=Broken())
     with pytest.raises(RuntimeError, match="the sparse weight weight of SparseLinear failed"):
         sparse(torch.randn(1, 16))
+
+
+def test_an_attribute_error_inside_a_value_that_is_ready_is_not_swallowed() -> None:
+    class Broken(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.__name__ == "__get__":
+                raise AttributeError("no such thing")
+            return func(*args, **(kwargs or {}))
+
+    class Watched(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self[0](x)  # makes the values of both layers
+            with Broken():
+                _ = self[1].weight
+            return y
+
+    sparse = Watched(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsify(sparse)
+    with pytest.raises(RuntimeError, match="the sparse weight weight of SparseLinear failed"):
+        sparse(torch.randn(1, 16))
+
+
+def test_a_layer_whose_init_has_not_run_has_no_weight() -> None:
+    sparse = mlp()
+    sparsify(sparse)
+    kind = type(sparse[0])
+    assert not hasattr(kind.__new__(kind), "weight")
+
+
+def test_a_compiled_layer_sees_the_shadow_weight_while_it_is_initialised() -> None:
+    sparse = nn.Sequential(nn.Linear(16, 16, bias=False))
+    sparsify(sparse)
+    compiled = torch.compile(sparse[0], backend="eager")
+    x, seen = torch.randn(2, 16), []
+    masked = compiled(x)
+    sparse.apply(lambda module: seen.append(compiled(x)) if module is sparse[0] else None)
+    torch.testing.assert_close(seen[0], x @ sparse[0].get_parameter("weight").T)
+    torch.testing.assert_close(compiled(x), masked)
 
 
 def test_initialisers_reach_the_shadow_weight() -> None:

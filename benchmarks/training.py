@@ -264,7 +264,7 @@ def run(
         if budget.spent:
             result.add(model=case.model, optimizer=case.optimizer, launch=case.launch, not_run="out of time")
             continue
-        some = 2 if quick else 60 if case.model == "tiny-layers" else rounds
+        some = 2 if quick else 240 if case.model == "tiny-layers" else rounds
         measure(result, case, device, some, gpu, budget)
         torch.compiler.reset()
         if gpu:

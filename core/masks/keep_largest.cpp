@@ -95,8 +95,8 @@ template <class From> constexpr int tile_groups(int m) {
     return (m <= 8 ? 1024 : m == 16 ? 512 : 256) / int(sizeof(typename From::Bits));
 }
 
-constexpr int SMALL_VECTOR = 16;  // bytes; every machine has it, and the 9 entries of a 3 x 3 kernel fill most of three
-template <class Key> constexpr int LANES = SMALL_VECTOR / int(sizeof(Key));
+constexpr int LANES = 8;  // groups side by side in a vector; the 9 of a 3 x 3 kernel take two
+constexpr int STRETCH = 512;  // bytes of weights whose result is written at once; the fastest of several
 
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
 constexpr int VECTOR = 32;
@@ -140,17 +140,19 @@ template <int M, class From> void keep_contiguous(const void*, typename From::Ke
 #endif
 
 // All ones into `kept`, lines of `nb`, for what is kept of `nb` groups side by side, whose lines are `inner` apart.
-template <int M, class From>
+template <int M, class From, int LANES>
 INLINE void keep_side_by_side(const typename From::Bits* w, typename From::Key* kept, int64_t inner, int nb, int n) {
     using Key = typename From::Key;
-    using Keys [[gnu::vector_size(SMALL_VECTOR)]] = Key;
+    using Keys [[gnu::vector_size(LANES * sizeof(Key))]] = Key;
+    // For memory: by memcpy a vector may be copied in halves, which whoever reads it whole has to wait for.
+    using Anywhere [[gnu::vector_size(LANES * sizeof(Key)), gnu::aligned(1), gnu::may_alias]] = Key;
     constexpr Key SIZE = Key(~(Key(1) << (8 * sizeof(Key) - 1)));
-    for (int b = 0; b < nb; b += LANES<Key>) {
-        const int at = std::min(b, nb - LANES<Key>);  // the last vector takes some groups a second time
+    for (int b = 0; b < nb; b += LANES) {
+        const int at = std::min(b, nb - LANES);  // the last vector takes some groups a second time
         Keys key[M], rank[M];
+#pragma GCC unroll 4
         for (int j = 0; j < M; j++) {
-            std::memcpy(&key[j], w + j * inner + at, SMALL_VECTOR);
-            key[j] &= SIZE;
+            key[j] = *reinterpret_cast<const Anywhere*>(w + j * inner + at) & SIZE;
             key[j] = key[j] > From::nan_key ? From::nan_key - Keys{} : key[j];
             rank[j] = Key(j) - Keys{};  // as if every earlier entry won
         }
@@ -161,8 +163,7 @@ INLINE void keep_side_by_side(const typename From::Bits* w, typename From::Key* 
                 rank[j] += later_wins;
             }
         for (int j = 0; j < M; j++) {
-            const Keys keeps = rank[j] < Key(n);
-            std::memcpy(kept + j * nb + at, &keeps, SMALL_VECTOR);
+            *reinterpret_cast<Anywhere*>(kept + j * nb + at) = rank[j] < Key(n);
         }
     }
 }
@@ -270,32 +271,41 @@ INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
     constexpr int64_t UNIT = RESULT == MASK ? 1 : sizeof(typename To::Bits);
     const int64_t inner = weight.inner, start = a0 * M * inner + b0;
     const Bits* w = reinterpret_cast<const Bits*>(weight.w) + start;
-    // The lines of the result are on their way while the ranks are computed: stores alone are not fetched ahead.
-    if (nb == inner)
-        for (int64_t p = 0; p < UNIT * na * M * nb; p += 64) __builtin_prefetch(weight.out + UNIT * start + p, 1);
-    const auto keep = [=](typename From::Key* kept, int n) __attribute__((always_inline)) {
-        constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
-        constexpr bool FEW = M <= 4;  // their keys and ranks stay in registers
-        if (FITS && inner == 1) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, n);
-        else if (FEW && nb >= LANES<Bits>)
+    constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
+    constexpr bool FEW = M <= 4;  // their keys and ranks stay in registers
+    // All ones into `kept` for what is kept of `na` times `nb` groups from `w` on.
+    const auto keep = [=](const Bits* w, typename From::Key* kept, int na, int n) __attribute__((always_inline)) {
+        const auto side_by_side = [=](auto lanes) __attribute__((always_inline)) {
             for (int a = 0; a < na; a++)
-                keep_side_by_side<FEW ? M : 2, From>(w + a * M * inner, kept + a * M * nb, inner, nb, n);
+                keep_side_by_side<FEW ? M : 2, From, lanes>(w + a * M * inner, kept + a * M * nb, inner, nb, n);
+        };
+        if (FITS && inner == 1) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, n);
+        else if (FEW && nb >= LANES) side_by_side(std::integral_constant<int, LANES>{});
+        else if (FEW && nb >= LANES / 2) side_by_side(std::integral_constant<int, LANES / 2>{});
         else keep_tile<M, From>(w, kept, inner, na, nb, n);
     };
-    keep(kept, weight.n);
+    const auto out = [=](int64_t at) { return weight.out + UNIT * (start + at); };
+    int changed = 0;
     if constexpr (RESULT == SOFT) {
         alignas(64) typename From::Key more[M * tile_groups<From>(M)];
-        keep(more, weight.n + 1);
-        write_soft<M, From, To>(w, kept, more, reinterpret_cast<typename To::Bits*>(weight.out) + start, inner, na, nb,
-                                weight.scale);
-        return 0;
+        keep(w, kept, na, weight.n);
+        keep(w, more, na, weight.n + 1);
+        write_soft<M, From, To>(w, kept, more, reinterpret_cast<typename To::Bits*>(out(0)), inner, na, nb, weight.scale);
+    } else if (nb < inner) {  // each line is a stretch of memory, and there is one group along a
+        keep(w, kept, na, weight.n);
+        for (int j = 0; j < M; j++)
+            changed += write<From, To, RESULT>(w + j * inner, kept + j * nb, out(j * inner), nb, weight.scale);
+    } else {
+        // Where no tile is needed, so little at a time that the loads of what comes next overlap the stores.
+        const bool direct = (FITS && inner == 1) || (FEW && nb >= LANES / 2);
+        const int step = direct ? std::max(1, STRETCH / int(sizeof(Bits)) / (M * nb)) : na;
+        for (int a = 0; a < na; a += step) {
+            const int some = std::min(step, na - a);
+            const int64_t at = a * M * inner;
+            keep(w + at, kept, some, weight.n);
+            changed += write<From, To, RESULT>(w + at, kept, out(at), some * M * nb, weight.scale);
+        }
     }
-    // A tile of whole lines is one stretch; otherwise each line is, and there is one group along a.
-    const int stretches = nb == inner ? 1 : M, count = na * M * nb / stretches;
-    int changed = 0;
-    for (int i = 0; i < stretches; i++)
-        changed += write<From, To, RESULT>(w + i * inner, kept + i * count, weight.out + UNIT * (start + i * inner), count,
-                                           weight.scale);
     return changed;
 }
 

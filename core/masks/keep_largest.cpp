@@ -140,15 +140,15 @@ template <int M, class From> void keep_contiguous(const void*, typename From::Ke
 #endif
 
 // All ones into `kept`, lines of `nb`, for what is kept of `nb` groups side by side, whose lines are `inner` apart.
-template <int M, class From, int LANES>
+template <int M, class From, int WIDTH>
 INLINE void keep_side_by_side(const typename From::Bits* w, typename From::Key* kept, int64_t inner, int nb, int n) {
     using Key = typename From::Key;
-    using Keys [[gnu::vector_size(LANES * sizeof(Key))]] = Key;
+    using Keys [[gnu::vector_size(WIDTH * sizeof(Key))]] = Key;
     // For memory: by memcpy a vector may be copied in halves, which whoever reads it whole has to wait for.
-    using Anywhere [[gnu::vector_size(LANES * sizeof(Key)), gnu::aligned(1), gnu::may_alias]] = Key;
+    using Anywhere [[gnu::vector_size(WIDTH * sizeof(Key)), gnu::aligned(1), gnu::may_alias]] = Key;
     constexpr Key SIZE = Key(~(Key(1) << (8 * sizeof(Key) - 1)));
-    for (int b = 0; b < nb; b += LANES) {
-        const int at = std::min(b, nb - LANES);  // the last vector takes some groups a second time
+    for (int b = 0; b < nb; b += WIDTH) {
+        const int at = std::min(b, nb - WIDTH);  // the last vector takes some groups a second time
         Keys key[M], rank[M];
 #pragma GCC unroll 4
         for (int j = 0; j < M; j++) {
@@ -273,15 +273,16 @@ INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
     const Bits* w = reinterpret_cast<const Bits*>(weight.w) + start;
     constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
     constexpr bool FEW = M <= 4;  // their keys and ranks stay in registers
+    const bool contiguous = FITS && inner == 1, side_by_side = FEW && nb >= LANES / 2;  // what needs no tile
     // All ones into `kept` for what is kept of `na` times `nb` groups from `w` on.
     const auto keep = [=](const Bits* w, typename From::Key* kept, int na, int n) __attribute__((always_inline)) {
-        const auto side_by_side = [=](auto lanes) __attribute__((always_inline)) {
+        const auto by_lines = [=](auto width) __attribute__((always_inline)) {
             for (int a = 0; a < na; a++)
-                keep_side_by_side<FEW ? M : 2, From, lanes>(w + a * M * inner, kept + a * M * nb, inner, nb, n);
+                keep_side_by_side<FEW ? M : 2, From, width>(w + a * M * inner, kept + a * M * nb, inner, nb, n);
         };
-        if (FITS && inner == 1) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, n);
-        else if (FEW && nb >= LANES) side_by_side(std::integral_constant<int, LANES>{});
-        else if (FEW && nb >= LANES / 2) side_by_side(std::integral_constant<int, LANES / 2>{});
+        if (contiguous) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, n);
+        else if (side_by_side && nb >= LANES) by_lines(std::integral_constant<int, LANES>{});
+        else if (side_by_side) by_lines(std::integral_constant<int, LANES / 2>{});
         else keep_tile<M, From>(w, kept, inner, na, nb, n);
     };
     const auto out = [=](int64_t at) { return weight.out + UNIT * (start + at); };
@@ -297,8 +298,7 @@ INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
             changed += write<From, To, RESULT>(w + j * inner, kept + j * nb, out(j * inner), nb, weight.scale);
     } else {
         // Where no tile is needed, so little at a time that the loads of what comes next overlap the stores.
-        const bool direct = (FITS && inner == 1) || (FEW && nb >= LANES / 2);
-        const int step = direct ? std::max(1, STRETCH / int(sizeof(Bits)) / (M * nb)) : na;
+        const int step = contiguous || side_by_side ? std::max(1, STRETCH / int(sizeof(Bits)) / (M * nb)) : na;
         for (int a = 0; a < na; a += step) {
             const int some = std::min(step, na - a);
             const int64_t at = a * M * inner;

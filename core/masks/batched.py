@@ -21,7 +21,7 @@ from nm_sparsity.core.masks import reference
 from nm_sparsity.core.masks.backends import backend_of, covering, rounds_to
 from nm_sparsity.core.masks.cuda import capturing, memory_of, stream
 from nm_sparsity.core.masks.groups import reduction_last, restore_order
-from nm_sparsity.core.masks.memory import Lines, is_dense, lie_alike
+from nm_sparsity.core.masks.memory import Lines, Look, is_dense, lie_alike
 from nm_sparsity.core.pattern import NMPattern, Placement
 
 _ALIGNMENT = 256
@@ -30,7 +30,6 @@ _ALIGNMENT = 256
 _LITTLE = 0.01
 """The part of a GPU's memory that is kept between calls at most."""
 
-_dtype_of: Any = attrgetter("dtype")
 _version: Any = attrgetter("_version")
 
 
@@ -44,9 +43,9 @@ class Batch:
     def __init__(self, weights: Sequence[Tensor], placements: Sequence[Placement]) -> None:
         self.weights = list(weights)
         self.placements = list(placements)
-        self._forms: list[Any] = []
         self._pointers: list[int] = []
-        self._shapes: list[Any] = []
+        self._forms: list[Any] = []
+        self._look = Look([])
         self._parts: list[_Part] = []
         self._others: list[int] = []
         """Weights that no compiled kernel covers."""
@@ -165,19 +164,21 @@ class Batch:
 
     def _refresh(self) -> None:
         """Rebuild what the table says of the weights where it is out of date."""
-        weights = self.weights
-        pointers = list(map(Tensor.data_ptr, weights))
-        forms = [*map(_dtype_of, weights), *map(Tensor.stride, weights), *map(Tensor.numel, weights)]
-        if pointers == self._pointers and forms == self._forms:
+        pointers = list(map(Tensor.data_ptr, self.weights))
+        same = self._look.is_of(self.weights)
+        if same and pointers == self._pointers:
             return
-        self._lent = {}
-        shapes = [(w.shape, w.device) for w in weights]
-        if forms == self._forms and shapes == self._shapes:
+        forms = self._forms if same else [(w.dtype, w.device, w.shape, w.stride()) for w in self.weights]
+        if forms != self._forms:
+            self._build()
+            self._lent = {}
+        elif pointers != self._pointers:
             for part in self._parts:
                 part.rows.point([pointers[i] for i in part.places])
-        else:
-            self._build()
-        self._pointers, self._forms, self._shapes = pointers, forms, shapes
+            self._lent = {}
+        self._pointers, self._forms = pointers, forms
+        if not same:
+            self._look = Look(self.weights)
 
     def _build(self) -> None:
         groups: dict[Any, list[tuple[int, Lines]]] = defaultdict(list)
@@ -213,7 +214,8 @@ class _Part:
             alike[weights[i].shape, weights[i].stride()].append((i, one))
         self.places, lines = zip(*(member for group in alike.values() for member in group), strict=True)
         """The positions in the batch of the part's weights."""
-        self._strides = [weights[i].stride() for i in self.places]
+        self._fitting: dict[torch.dtype, Look] = {}
+        """Of what look targets of a dtype were that lie in memory as the weights do."""
         self._starts: list[int] = []
         self._stretches: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
         self._size = 0
@@ -254,18 +256,17 @@ class _Part:
         another dtype than `dtype`.
         """
         present = [t for i in self.places if (t := tensors[i]) is not None]
-        if list(map(Tensor.stride, present)) == self._strides and {*map(_dtype_of, present)} == {dtype}:
+        if (fit := self._fitting.get(dtype)) is not None and fit.is_of(present):
             return list(map(Tensor.data_ptr, present)), []
         addresses, refused = [], []
-        for i, strides, w in zip(self.places, self._strides, self._weights, strict=True):
+        for i, w in zip(self.places, self._weights, strict=True):
             t = tensors[i]
-            if t is None:
-                addresses.append(0)
-            elif t.dtype is dtype and (t.stride() == strides or lie_alike(t, w)):
-                addresses.append(t.data_ptr())
-            else:
-                addresses.append(0)
+            fits = t is not None and t.dtype is dtype and lie_alike(t, w)
+            addresses.append(t.data_ptr() if fits else 0)
+            if t is not None and not fits:
                 refused.append(i)
+        if len(present) - len(refused) == len(self.places):
+            self._fitting[dtype] = Look(present)
         return addresses, refused
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from nm_sparsity.core.masks.groups import Dims
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the compiled kernels; the C kernel numbers them in this order."""
+
+_Guards: Any = torch._C._dynamo.guards.TensorGuards
 
 GROUP_SIZES = (2, 4, 8, 16, 32)
 """The M of the compiled kernels."""
@@ -58,3 +63,19 @@ def lie_alike(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() or all(
         p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True)
     )
+
+
+class Look:
+    """Of what dtype, device, sizes and strides tensors are, which one call compares: the guards of compiled graphs.
+
+    They compare more (the type, autocast, whether a gradient is required): that it is not the same proves nothing.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._count = len(tensors)
+        sizes, strides = ([list(form(t)) for t in tensors] for form in (Tensor.size, Tensor.stride))
+        self._check = _Guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+    def is_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether `tensors` surely look as these did."""
+        return len(tensors) == self._count and bool(self._check(*tensors))

@@ -35,6 +35,7 @@ from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 _SCOPE = "_nm_scope"
 _NOTHING: dict[int, Any] = {}
 _version: Callable[[Tensor], int] = attrgetter("_version")
+_writes: Callable[[WeightState], int] = attrgetter("writes")
 # Bound once: every read of a sparse weight asks.
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _records = torch.is_grad_enabled
@@ -99,16 +100,18 @@ def _kind(w: Tensor, state: WeightState) -> Kind:
 class Launch:
     """Values that were made together."""
 
-    def __init__(self, values: list[Tensor], origins: list[Origin], places: dict[int, int]) -> None:
+    def __init__(
+        self, values: list[Tensor], weights: list[Tensor], states: list[WeightState], places: dict[int, int]
+    ) -> None:
         self.values = values
-        self.origins = origins
+        self.weights = weights
         """Whose values they are. Kept alive, so that ids stay their own."""
+        self.states = states
         self.places = places
         """Where each of them stands, by the id of the shadow weight."""
-        weights = [w for w, _ in origins]
         # What tells, as far as that can be seen, that a weight was written to since.
         self._versions, self._pointers = list(map(_version, weights)), list(map(Tensor.data_ptr, weights))
-        self._writes = [state.writes for _, state in origins]
+        self._writes = list(map(_writes, states))
         self._device = weights[0].device if weights else torch.device("cpu")
         self._stream = stream(self._device) if self._device.type == "cuda" else None
         """The CUDA stream that they were made on, for which no other waits."""
@@ -127,7 +130,7 @@ class Launch:
         with torch._C.DisableTorchFunctionSubclass():  # or each value is asked for its __torch_function__ first
             written = self.values and not self.values[0].is_inference() and any(map(_version, self.values))
         if written:
-            for value, (_, state) in zip(self.values, self.origins, strict=True):
+            for value, state in zip(self.values, self.states, strict=True):
                 if value._version:
                     state.lost = True
 
@@ -140,9 +143,9 @@ class Scope:
         self._keys: set[tuple[int, str]] = set()
         self._kind: Kind | None = None
         self._holding = Holding(None, [])
-        self._found: list[Origin] = []
-        self._places: dict[int, int] = {}
         self._batch = Batch([], [])
+        self._states: list[WeightState] = []
+        self._places: dict[int, int] = {}
         self._launch = threading.Lock()  # two threads may run one model
         self.inside: set[Scope] = set()
         """Scopes that were found to lie in this one."""
@@ -186,16 +189,17 @@ class Scope:
             kind = _kind(*like)
             if without or kind != self._kind or not self._holding.lasts():
                 self._holding = self.holding()
-                self._found = self.together(like, without)
-                self._places = {id(w): place for place, (w, _) in enumerate(self._found)}
-                self._batch = Batch([w for w, _ in self._found], [state.placement for _, state in self._found])
+                found = self.together(like, without)
+                weights, self._states = [w for w, _ in found], [state for _, state in found]
+                self._places = {id(w): place for place, w in enumerate(weights)}
+                self._batch = Batch(weights, [state.placement for state in self._states])
                 # Weights of `functional_call` come once and must not be kept alive.
-                again = not without and all(type(w) is nn.Parameter for w, _ in self._found)
+                again = not without and all(type(w) is nn.Parameter for w in weights)
                 self._kind = kind if again else None
-            values = like[1].method.values(self._batch, [state for _, state in self._found], dtype)
-            launch = Launch(values, self._found, self._places)
+            values = like[1].method.values(self._batch, self._states, dtype)
+            launch = Launch(values, self._batch.weights, self._states, self._places)
             if self._kind is None:
-                self._found, self._batch, self._holding = [], Batch([], []), Holding(None, [])
+                self._batch, self._holding = Batch([], []), Holding(None, [])
             return launch
 
 
@@ -227,7 +231,7 @@ class _Pass:
         kept = self.kept.setdefault(dtype, {})
         if id(w) in kept or not state.batched or (not kept and any(id(w) in values for values in others)):
             on_stream(w.device)
-            launch = Launch([state.value(w, dtype)], [(w, state)], {id(w): 0})
+            launch = Launch([state.value(w, dtype)], [w], [state], {id(w): 0})
         else:
             launch = self.scope.launch((w, state), kept.keys(), dtype)
         kept.update(dict.fromkeys(launch.places, launch))
@@ -273,7 +277,7 @@ def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtyp
             launch = running.make(module, name, w, state, dtype)
         if launch is not None:
             place = launch.places[key]
-            return hand_out(launch.values, place, launch.origins[place])
+            return hand_out(launch.values, place, (launch.weights[place], launch.states[place]))
     return None
 
 

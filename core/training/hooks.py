@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from types import FrameType, NoneType
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -34,6 +34,7 @@ from nm_sparsity.core.training import phases, second_moment, watchdog
 _outside_graphs: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 """What torch.optim uses itself: a compiled step calls the hooks as they are."""
 
+_memory: Any = attrgetter("memory")
 _PLAN, _HANDLE, _TREATED = "_nm_plan", "_nm_handle", "_nm_treated"
 """Attributes of an optimizer: what it holds, our place among its hooks, what was treated in the running step."""
 
@@ -71,7 +72,7 @@ class _Part:
 
     def step(self, optimizer: Optimizer) -> Step:
         """What the method sees of the present step."""
-        if self.method.scheduled or any(state.memory for state in self.states):
+        if self.method.scheduled or any(map(_memory, self.states)):
             for state, w in zip(self.states, self.batch.weights, strict=True):
                 state.move_to(w.device)
         group = optimizer.param_groups[self.group]

@@ -320,7 +320,6 @@ def _local(t: Tensor, state: WeightState) -> Tensor:
     return t.to_local()
 
 
-@cache
 def _warn_half() -> None:
     warnings.warn(
         "an optimizer steps half-precision sparse weights, which rounds the decay of dropped weights away: "

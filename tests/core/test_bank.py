@@ -96,7 +96,7 @@ def test_values_that_are_no_selection_are_made_together(stepped: bool, dtype: to
     model(x)
     (launch,) = launches
     assert len(launch.values) == 6
-    for value, (w, state) in zip(launch.values, launch.origins, strict=True):
+    for value, w, state in zip(launch.values, launch.weights, launch.states, strict=True):
         assert torch.equal(value, state.value(w))
         assert ("beta" in state.memory) == stepped
 

@@ -13,10 +13,10 @@ from nm_sparsity.core.masks.groups import Dims
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of the compiled kernels; the C kernel numbers them in this order."""
 
-_Guards: Any = torch._C._dynamo.guards.TensorGuards
-
 GROUP_SIZES = (2, 4, 8, 16, 32)
 """The M of the compiled kernels."""
+
+_Guards: Any = torch._C._dynamo.guards.TensorGuards
 
 Lines = tuple[int, int]
 """``(outer, inner)`` of a weight that is (outer, m, inner) in memory order: a group is one line along m."""

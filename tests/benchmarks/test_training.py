@@ -42,6 +42,21 @@ def test_the_published_way_takes_the_same_steps(tiny: None, monkeypatch: pytest.
     assert not torch.allclose(ours["layers.0.feed_forward.0.weight"], ste["layers.0.feed_forward.0.weight"], rtol=1e-2)
 
 
+@pytest.mark.parametrize("variant", training.VARIANTS)
+def test_gradients_of_the_smallest_layers_are_normal_numbers(variant: str) -> None:
+    """Subnormal ones would be timed in the place of the method: arithmetic with them is many times slower."""
+    torch.manual_seed(0)
+    (case,) = (case for case in training.CPU_CASES if case.model == "tiny-layers")
+    model = models.workload(case.model).build()
+    training.VARIANTS[variant](model, ())
+    step = training.step(model, case.inputs(torch.device("cpu")), amp=False, case=case)
+    for i in range(20):
+        step(i)
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert (p.grad.abs() >= torch.finfo(p.dtype).tiny).all(), name
+
+
 def test_the_same_layers_are_converted(tiny: None) -> None:
     model = small()
     training.published(model, ("head",))

@@ -134,14 +134,15 @@ def _resnet18_cifar() -> nn.Module:
 class TinyLayers(nn.Sequential):
     """120 linear layers of 32 x 32: a step takes as long as the host needs for each layer.
 
-    Initialized so that gradients keep their size. With PyTorch's default they vanish over so many layers, a sparse model's
-    first, and arithmetic with subnormal numbers is slow: what a variant costs would depend on its numbers.
+    Initialized so that gradients keep their size. With PyTorch's default they vanish over so many layers, a sparse
+    model's first, and arithmetic with subnormal numbers is slow: what a variant costs would depend on its numbers.
     """
 
     def __init__(self) -> None:
-        super().__init__(*(nn.Linear(32, 32) for _ in range(120)))
-        for layer in self:
+        layers = [nn.Linear(32, 32) for _ in range(120)]
+        for layer in layers:
             nn.init.xavier_normal_(layer.weight)
+        super().__init__(*layers)
 
 
 def compile_layers(model: nn.Module, **options: Any) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import warnings
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,6 +19,8 @@ from nm_sparsity.core.masks.memory import TYPES, Lines
 
 RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3, "soft": 4}
 _NUMBER = {dtype: number for number, dtype in enumerate(TYPES)}
+_CALL = struct.Struct("5q d P q P q q P P q")
+"""`Call` in keep_largest.cpp: ctypes takes one argument much faster than many."""
 
 
 @cache
@@ -25,7 +29,7 @@ def library() -> ctypes.CDLL | None:
     folder = Path(__file__).parent
     path = next((path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_cpu{suffix}").exists()), None)
     kernel = None if path is None else ctypes.CDLL(str(path))
-    if kernel is None or not hasattr(kernel, "nm_run_rows"):
+    if kernel is None or not hasattr(kernel, "nm_run"):
         reason = "missing (no C++ compiler at install time?)" if kernel is None else "an older one: install again"
         warnings.warn(
             f"nm_sparsity's compiled CPU kernel is {reason}: "
@@ -34,9 +38,7 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    i, i64, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    form = i, i, i, i, i, ctypes.c_float
-    kernel.nm_run_rows.argtypes = [*form, address, i64, address, i64, i64, *[address] * 5, i]
+    kernel.nm_run.argtypes = [ctypes.c_char_p]
     return kernel
 
 
@@ -51,14 +53,11 @@ class Rows:
     def __init__(self, weights: Sequence[Tensor], lines: Sequence[Lines], places: Sequence[int], n: int, m: int):
         self._form = (m, n)
         self._type = _NUMBER[weights[0].dtype]
-        self._outer = array("q", [outer for outer, _ in lines])
-        self._inner = array("q", [inner for _, inner in lines])
-        self._places = array("q", places)
-        self.point([w.data_ptr() for w in weights])
+        self._table = _table(weights, lines, places)
 
     def point(self, weights: Sequence[int]) -> None:
         """The weights lie at these addresses now."""
-        self._weights = array("q", weights)
+        self._table[::4] = array("q", weights)  # the first of each row
 
     def run(
         self,
@@ -82,12 +81,11 @@ class Rows:
         """
         base, unit = (0, 1) if out is None else (out.data_ptr(), out.element_size())
         starts, scales = array("q", places), array("q", scale if isinstance(scale, Sequence) else ())
-        _run_rows(
+        _run(
             *(RESULTS[result], self._type, _NUMBER.get(dtype, 0), *self._form),
-            *(0.0 if isinstance(scale, Sequence) else float(scale), _address(scales) if scales else None),
-            *(len(starts), _address(self._weights), base, unit, _address(starts)),
-            *(_address(self._outer), _address(self._inner), _address(self._places)),
-            *(None if changes is None else changes.data_ptr(), torch.get_num_threads()),
+            *(0.0 if isinstance(scale, Sequence) else float(scale), _address(scales)),
+            *(len(starts), _address(self._table), base, unit, _address(starts)),
+            0 if changes is None else changes.data_ptr(),
         )
 
 
@@ -99,20 +97,25 @@ def select(result: str, w: Tensor, out: Tensor, lines: Lines, n: int, m: int, sc
 
 def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     """Zero the entries of `targets`, of one element size, that `masks` drop; both lie in memory alike."""
-    kept, starts = (array("q", [t.data_ptr() for t in tensors]) for tensors in (masks, targets))
-    sizes, ones = array("q", [t.numel() for t in targets]), array("q", [1]) * len(targets)
-    _run_rows(
-        *(RESULTS["apply"], 0, targets[0].element_size(), 1, 0, 0.0, None, len(targets), _address(kept), 0, 1),
-        *(_address(starts), _address(sizes), _address(ones), None, None, torch.get_num_threads()),
-    )
+    starts, sizes = array("q", [t.data_ptr() for t in targets]), [(t.numel(), 1) for t in targets]
+    table = _table(masks, sizes, [0] * len(masks))
+    form = RESULTS["apply"], 0, targets[0].element_size(), 1, 0
+    _run(*form, 0.0, 0, len(targets), _address(table), 0, 1, _address(starts), 0)
 
 
-def _run_rows(*args: float | None) -> None:
+def _table(tensors: Iterable[Tensor], lines: Iterable[Lines], places: Iterable[int]) -> array[int]:
+    """A `Row` of keep_largest.cpp for each."""
+    rows = ((t.data_ptr(), *line, place) for t, line, place in zip(tensors, lines, places, strict=True))
+    return array("q", chain.from_iterable(rows))
+
+
+def _run(*call: float) -> None:
     kernel = library()
     assert kernel is not None, "callers ask `available` first"
-    failed = kernel.nm_run_rows(*args)
-    assert not failed, f"no kernel for {args}"
+    failed = kernel.nm_run(_CALL.pack(*call, torch.get_num_threads()))
+    assert not failed, f"no kernel for {call}"
 
 
 def _address(values: array[int]) -> int:
+    """0 of an empty one."""
     return values.buffer_info()[0]

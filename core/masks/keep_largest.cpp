@@ -361,43 +361,59 @@ std::pair<Kernel, int> find(int result, int from, int to, int m) {
 
 constexpr int64_t TILES_A_THREAD = 16;  // at least; below that, starting a thread costs more than it saves
 
+// What Python packs; addresses are integers where it computes them.
+struct Row {
+    int64_t w, outer, inner, place;
+};
+
+struct Call {
+    int64_t result, from, to;  // the types of weights and results
+    int64_t m, n;
+    double scale;
+    const float* const* scales;  // of each weight; without them, `scale` is that of all
+    int64_t count;
+    const Row* rows;
+    int64_t base, unit;
+    const int64_t* out;  // the result of weight i lies at base + unit * out[i], and is left out where that is null
+    int64_t* changes;  // how many entries of a mask changed is added at its weight's place
+    int64_t threads;
+};
+
 }  // namespace
 
-// Weight i is at w[i], and its result at base + unit * out[i], or left out where that is null. `from` and `to` are the
-// types of weight and result; to apply masks, m is 1, `w` are the masks and `to` is the size of an entry of `out`. The
-// scale of weight i is at scales[i]; without `scales`, `scale` is that of all.
-// The entries of a mask that changed are added to changes[place[i]].
-extern "C" int nm_run_rows(int result, int from, int to, int m, int n, float scale, const int64_t* scales, int64_t count,
-                           const int64_t* w, int64_t base, int64_t unit, const int64_t* out, const int64_t* outer,
-                           const int64_t* inner, const int64_t* place, int64_t* changes, int threads) {
-    const auto [kernel, groups] = find(result, from, to, m);
+// To apply masks, they stand in the place of the weights, m is 1 and `to` is the size of an entry.
+extern "C" int nm_run(const Call& call) {
+    const auto [kernel, groups] = find(int(call.result), int(call.from), int(call.to), int(call.m));
     if (!kernel) return 1;
-    std::vector<int64_t> first(count + 1);  // the tiles before each weight's
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t nb = std::min<int64_t>(inner[i], groups), na = groups / nb;
-        const bool left_out = base + unit * out[i] == 0;
-        first[i + 1] = first[i] + (left_out ? 0 : (outer[i] + na - 1) / na * ((inner[i] + nb - 1) / nb));
+    std::vector<int64_t> first(call.count + 1);  // the tiles before each weight's
+    for (int64_t i = 0; i < call.count; i++) {
+        const Row& row = call.rows[i];
+        const int64_t nb = std::min<int64_t>(row.inner, groups), na = groups / nb;
+        const bool left_out = call.base + call.unit * call.out[i] == 0;
+        first[i + 1] = first[i] + (left_out ? 0 : (row.outer + na - 1) / na * ((row.inner + nb - 1) / nb));
     }
-    const int64_t tiles = first[count];
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, tiles / TILES_A_THREAD)));
+    const int64_t tiles = first[call.count];
+    const int threads = int(std::max<int64_t>(1, std::min(call.threads, tiles / TILES_A_THREAD)));
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int thread = 0; thread < threads; thread++) {
         int64_t tile = tiles * thread / threads;
         const int64_t end = tiles * (thread + 1) / threads;
         for (int64_t i = std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1; tile < end; i++) {
-            const Weight weight{reinterpret_cast<const char*>(w[i]), reinterpret_cast<char*>(base + unit * out[i]),
-                                outer[i], inner[i], n,
-                                scales ? *reinterpret_cast<const float*>(scales[i]) : scale};
-            const int64_t nb = std::min<int64_t>(inner[i], groups), na = groups / nb;
-            const int64_t across = (inner[i] + nb - 1) / nb;
+            const Row& row = call.rows[i];
+            const Weight weight{reinterpret_cast<const char*>(row.w),
+                                reinterpret_cast<char*>(call.base + call.unit * call.out[i]),
+                                row.outer, row.inner, int(call.n),
+                                call.scales ? *call.scales[i] : float(call.scale)};
+            const int64_t nb = std::min<int64_t>(row.inner, groups), na = groups / nb;
+            const int64_t across = (row.inner + nb - 1) / nb;
             int64_t changed = 0;
             for (; tile < std::min(end, first[i + 1]); tile++) {
                 const int64_t t = tile - first[i], a0 = t / across * na, b0 = t % across * nb;
-                changed += kernel(weight, a0, int(std::min(na, outer[i] - a0)), b0, int(std::min(nb, inner[i] - b0)));
+                changed += kernel(weight, a0, int(std::min(na, row.outer - a0)), b0, int(std::min(nb, row.inner - b0)));
             }
-            if (changes && changed) {
+            if (call.changes && changed) {
 #pragma omp atomic
-                changes[place[i]] += changed;
+                call.changes[row.place] += changed;
             }
         }
     }

@@ -511,9 +511,9 @@ def test_one_call_for_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Counting:
         @staticmethod
-        def nm_run_rows(*args: object) -> int:
+        def nm_run(*args: object) -> int:
             calls.append(args)
-            return library.nm_run_rows(*args)
+            return library.nm_run(*args)
 
     monkeypatch.setattr(cpu, "library", Counting)
     weights = [torch.randn(8, 16) for _ in range(50)] + [torch.randn(8, 16, 3, 3) for _ in range(50)]

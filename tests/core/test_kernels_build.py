@@ -45,4 +45,4 @@ def test_without_openmp_there_is_still_a_kernel(source: Path) -> None:
     compiler.write_text('#!/bin/sh\ncase " $* " in *" -fopenmp "*) exit 1;; esac\nexec g++ "$@" -O0\n')
     compiler.chmod(0o755)
     (library,) = build(source, str(compiler))
-    assert ctypes.CDLL(str(library)).nm_run_rows
+    assert ctypes.CDLL(str(library)).nm_run

@@ -65,7 +65,7 @@ class Rows:
         out: Tensor | None,
         places: Sequence[int],
         dtype: torch.dtype,
-        scale: float | Tensor | Sequence[int] = 0.0,
+        scale: float | Tensor | list[int] = 0.0,
         changes: Tensor | None = None,
     ) -> None:
         """Compute `result`, "keep", "soft", "mask" or "add", of all weights.
@@ -80,11 +80,11 @@ class Rows:
             changes: int64, takes the number of entries of each mask that changed.
         """
         base, unit = (0, 1) if out is None else (out.data_ptr(), out.element_size())
-        starts, scales = array("q", places), array("q", scale if isinstance(scale, Sequence) else ())
+        number, each = (0.0, scale) if isinstance(scale, list) else (float(scale), ())
+        starts, scales = array("q", places), array("q", each)
         _run(
             *(RESULTS[result], self._type, _NUMBER.get(dtype, 0), *self._form),
-            *(0.0 if isinstance(scale, Sequence) else float(scale), _address(scales)),
-            *(len(starts), _address(self._table), base, unit, _address(starts)),
+            *(number, _address(scales), len(starts), _address(self._table), base, unit, _address(starts)),
             0 if changes is None else changes.data_ptr(),
         )
 

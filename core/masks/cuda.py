@@ -60,7 +60,7 @@ class Rows:
         out: Tensor | None,
         places: Sequence[int],
         dtype: torch.dtype,
-        scale: float | Tensor | Sequence[int] = 0.0,
+        scale: float | Tensor | list[int] = 0.0,
         changes: Tensor | None = None,
     ) -> None:
         """See `cpu.Rows.run`."""
@@ -71,7 +71,7 @@ class Rows:
         grid = len(self._programs), 1, 1
         aligned = self._aligned and (out is not None or not any(address % 16 for address in places))
         with _current(self._device):
-            if isinstance(scale, Sequence):
+            if isinstance(scale, list):
                 scale = self._on_device("scales", scale)
             pointer = scale if isinstance(scale, Tensor) and scale.device == self._device else None
             form = result, dtype, out is None, aligned, changes is None, None if pointer is None else pointer.dtype

@@ -1,4 +1,4 @@
-"""What several folders of tests share: a cuSPARSELt that computes on the host's memory."""
+"""What all tests share: a fresh torch.compile, and a cuSPARSELt that computes on the host's memory."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from nm_sparsity.core.deploy import cusparselt, library
 
 SOURCE = Path(__file__).parent / "cusparselt_stand_in"
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    """What was compiled before, and counts towards the limit of recompilations, is not the test's."""
+    torch.compiler.reset()
 
 
 def _compile(to: Path, *options: str, source: Path = SOURCE / "stand_in.c") -> Path:

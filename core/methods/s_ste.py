@@ -32,7 +32,7 @@ class SSTE(Method):
     name = "s-ste"
 
     def value(self, w: Tensor, state: WeightState) -> Tensor:
-        return masks.soft_threshold(w, state.pattern, state.dims, _beta(w, state))
+        return masks.soft_threshold(w, state.pattern, state.dims, _beta(w, state).to(w.device))
 
     def values(self, batch: Batch, states: Sequence[WeightState], dtype: torch.dtype) -> list[Tensor]:
         return batch.soft_threshold([_beta(w, s) for w, s in zip(batch.weights, states, strict=True)], dtype)
@@ -50,7 +50,7 @@ class SSTE(Method):
 
 def _beta(w: Tensor, state: WeightState) -> Tensor:
     beta: Tensor | None = state.memory.get("beta")
-    return _ratio(*_products(w.detach(), state)) if beta is None else beta.to(w.device)
+    return _ratio(*_products(w.detach(), state)) if beta is None else beta
 
 
 def _soft(w: Tensor, state: WeightState) -> Tensor:

@@ -240,7 +240,6 @@ def test_layers_that_are_alike_are_compiled_once() -> None:
         compiled.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
     model = models.TextEncoder(3, 16, 2, 32, 12)
     tokens = torch.randint(12, (2, 4))
     call = whole_models.model_call(model, [tokens])

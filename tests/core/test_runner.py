@@ -159,7 +159,6 @@ def test_repeated_blocks_are_compiled_as_one() -> None:
         graphs.append(graph)
         return graph.forward
 
-    torch._dynamo.reset()
     model = net()
     runner.compile_blocks(model)
     assert [block._compiled_call_impl is not None for block in model.blocks] == [True] * 4  # type: ignore[union-attr]

@@ -65,7 +65,7 @@ class Batch:
         return self._values("keep", dtype)
 
     def soft_threshold(self, scales: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """As `keep_largest`, of `reference.soft_threshold` of each weight times its scale, a 0-dim tensor on any device."""
+        """As `keep_largest`, of `reference.soft_threshold` of each weight times its 0-dim scale, on any device."""
         return self._values("soft", dtype, scales)
 
     def _values(self, result: str, dtype: torch.dtype | None, scales: Sequence[Tensor] = ()) -> list[Tensor]:

@@ -151,10 +151,14 @@ class Batch:
     ) -> list[int]:
         """Compute `result` into `targets` of `dtype`, or the weights' own; which ones are left to the reference."""
         self._refresh()
-        left = list(self._others)
-        for part in self._parts:
-            addresses, refused = part.addresses(targets, dtype or part.dtype)
-            left += refused
+        found = [part.addresses(targets, dtype or part.dtype) for part in self._parts]
+        left = [*self._others, *chain(*(refused for _, refused in found))]
+        for i in left:
+            if (target := targets[i]) is not None and target.shape != (w := self.weights[i]).shape:
+                raise SparsityError(
+                    f"a gradient or mask of shape {tuple(target.shape)} does not go with a weight of {tuple(w.shape)}"
+                )
+        for part, (addresses, _) in zip(self._parts, found, strict=True):
             part.rows.run(
                 *(result, None, addresses, dtype or part.dtype, scale),
                 None if changes is None else changes[part.device],

@@ -59,7 +59,9 @@ def is_dense(t: Tensor) -> bool:
 
 
 def lie_alike(a: Tensor, b: Tensor) -> bool:
-    """Whether an index means one offset in two equally shaped tensors; the strides of size-1 axes are free."""
+    """Whether two tensors have the same indices, each at the same offset; the strides of size-1 axes are free."""
+    if a.shape != b.shape or a.device != b.device:
+        return False
     return a.stride() == b.stride() or all(
         p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True)
     )

@@ -48,7 +48,7 @@ class MaskTracker:
     def __init__(self, model: nn.Module) -> None:
         self._model = unwrap(model)
         self._batch = Batch([], [])
-        self._names = self._look()
+        self._shapes = self._look()
         self._masks = self._batch.nm_mask()
 
     def update(self) -> Flips:
@@ -57,17 +57,17 @@ class MaskTracker:
         Raises:
             SparsityError: if other weights of the model are sparse than at the beginning.
         """
-        if self._look() != self._names:
+        if self._look() != self._shapes:
             raise SparsityError("the model's sparse weights are not those that MaskTracker began with: make a new one")
         counts = self._batch.update_masks_(self._masks).tolist()
-        sizes = [mask.numel() for mask in self._masks]
-        return Flips(dict(zip(self._names, counts, strict=True)), dict(zip(self._names, sizes, strict=True)))
+        sizes = {name: shape.numel() for name, shape in self._shapes.items()}
+        return Flips(dict(zip(sizes, counts, strict=True)), sizes)
 
     @torch.no_grad()
-    def _look(self) -> list[str]:
-        """The names of the sparse weights; the batch follows if tensors were replaced."""
+    def _look(self) -> dict[str, torch.Size]:
+        """The shapes of the sparse weights by name; the batch follows if tensors were replaced."""
         found = list(sparse_weights(self._model))
         local: list[Tensor] = [p.to_local() if isinstance(p, DTensor) else p for _, p, _ in found]
         if len(local) != len(self._batch.weights) or not all(map(Tensor.is_set_to, local, self._batch.weights)):
             self._batch = Batch(local, [state.placement for _, _, state in found])
-        return [name for name, _, _ in found]
+        return {name: w.shape for (name, _, _), w in zip(found, local, strict=True)}

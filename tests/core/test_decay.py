@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from nm_sparsity.core import decay_strength, finalize, nm_mask, satisfies, sparsify, sparsity_state
+from nm_sparsity.core import SparsityError, decay_strength, finalize, nm_mask, satisfies, sparsify, sparsity_state
 from nm_sparsity.core.model.layers import sparse_weights
 from nm_sparsity.core.model.strength import warn_if_strength_is_weak
 
@@ -667,3 +667,14 @@ def test_finalize_tells_of_a_run_of_another_length(options: dict[str, Any], step
         finalize(net)
     begin = f"the weights were trained for {steps} optimizer steps and total_steps is 10: "
     assert [str(warning.message) for warning in found] == ([] if said is None else [begin + said])
+
+
+def test_a_gradient_from_before_the_weight_grew_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(8, 4, bias=False))
+    sparsify(net, "2:4", decay=LAMBDA)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    net(torch.randn(2, 8)).sum().backward()
+    (weight,) = net.parameters()
+    weight.data = torch.randn(1024, 8)
+    with pytest.raises(SparsityError, match=r"shape \(4, 8\) does not go with a weight of \(1024, 8\)"):
+        optimizer.step()

@@ -1,7 +1,8 @@
+import pytest
 import torch
 from torch import nn
 
-from nm_sparsity.core import MaskTracker, sparsify
+from nm_sparsity.core import MaskTracker, SparsityError, sparsify
 
 
 def test_sad_is_the_l1_distance_of_masks() -> None:
@@ -28,3 +29,12 @@ def test_sad_is_the_l1_distance_of_masks() -> None:
 def test_a_dense_model_has_no_flips() -> None:
     flips = MaskTracker(nn.Linear(4, 4)).update()
     assert (flips.total_sad, flips.rate) == (0, 0.0)
+
+
+def test_a_weight_of_another_shape_is_another_weight() -> None:
+    net = nn.Sequential(nn.Linear(8, 4))
+    sparsify(net, "2:4")
+    tracker = MaskTracker(net)
+    net[0].weight = nn.Parameter(torch.randn(1024, 8))
+    with pytest.raises(SparsityError, match="not those that MaskTracker began with"):
+        tracker.update()

@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nm_sparsity.core import NMPattern, keep_largest
+from nm_sparsity.core import NMPattern, SparsityError, keep_largest
 from nm_sparsity.core.masks import backends, cpu, cuda, ops, reference
 from nm_sparsity.core.masks.batched import Batch, apply_masks_
 from nm_sparsity.core.masks.memory import is_dense, lines_in_memory
@@ -414,6 +415,19 @@ def test_add_dropped_follows_its_targets(backend: Backend) -> None:
             batch.add_dropped_(targets, 1.0)
             assert torch.equal(plain, dropped[0])
             assert other is None or torch.equal(other, dropped[1].to(other.dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (16, 8), (8,), (4, 8, 1)])
+def test_targets_of_another_shape_are_refused_and_none_is_written(backend: Backend, shape: tuple[int, ...]) -> None:
+    weights = [torch.randn(8, 8), torch.randn(4, 8)]
+    batch = Batch(weights, [placement(2, 4)] * 2)
+    targets = [torch.zeros(8, 8), torch.zeros(shape)]
+    with pytest.raises(SparsityError, match=rf"shape {re.escape(str(shape))} does not go with a weight of \(4, 8\)"):
+        batch.add_dropped_(targets, 1.0)
+    marks = [t.bool() for t in targets]
+    with pytest.raises(SparsityError, match="does not go with"):
+        batch.update_masks_(marks)
+    assert not any(t.any() for t in [*targets, *marks])
 
 
 def test_add_dropped_leaves_the_kept_alone(backend: Backend) -> None:

@@ -27,9 +27,12 @@ def keep_largest(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,), dtype: 
     rounded to it.
 
     Raises:
-        SparsityError: if `w` is not floating point or the reduction size is not a multiple of M.
+        SparsityError: if `w` or `dtype` is not floating point, `dims` are not dimensions of `w`, or the reduction size
+            is not a multiple of M.
     """
-    n, m = _check(w, pattern, dims)
+    n, m, dims = _check(w, pattern, dims)
+    if dtype is not None and not dtype.is_floating_point:
+        raise SparsityError(f"masked values are rounded to a floating-point dtype, found {dtype}")
     return _along(dims, w, lambda w, axis: ops.keep_largest(w, n, m, axis, dtype))
 
 
@@ -38,13 +41,13 @@ def soft_threshold(w: Tensor, pattern: str | NMPattern, dims: Dims, scale: Tenso
 
     It has no gradient.
     """
-    n, m = _check(w, pattern, dims)
+    n, m, dims = _check(w, pattern, dims)
     return _along(dims, w, lambda w, axis: ops.soft_threshold(w, n, m, axis, scale))
 
 
 def nm_mask(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> Tensor:
     """Boolean mask of the entries that `keep_largest` keeps, in the shape of `w`."""
-    n, m = _check(w, pattern, dims)
+    n, m, dims = _check(w, pattern, dims)
     return _along(dims, w.detach(), lambda w, axis: ops.nm_mask(w, n, m, axis))
 
 
@@ -53,8 +56,8 @@ def add_dropped_(target: Tensor, w: Tensor, pattern: str | NMPattern, dims: Dims
 
     `scale` is a number or a 0-dim tensor on `w`'s device.
     """
-    _check(w, pattern, dims)
-    Batch([w], [Placement(NMPattern.parse(pattern), dims)]).add_dropped_([target], scale)
+    n, m, dims = _check(w, pattern, dims)
+    Batch([w], [Placement(NMPattern(n, m), dims)]).add_dropped_([target], scale)
     return target
 
 
@@ -65,7 +68,7 @@ def satisfies(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> bool:
 
 def count_violations(w: Tensor, pattern: str | NMPattern, dims: Dims = (1,)) -> int:
     """The number of groups of `w` with more than N non-zeros (NaN counts as a non-zero)."""
-    n, m = _check(w, pattern, dims)
+    n, m, dims = _check(w, pattern, dims)
     groups = reduction_last(w.detach(), dims).unflatten(-1, (-1, m))
     return int((groups.ne(0).sum(-1) > n).sum())
 
@@ -82,18 +85,24 @@ def _along(dims: Dims, w: Tensor, masked: Callable[[Tensor, int], Tensor]) -> Te
     return restore_order(masked(reduction_last(w, dims), w.dim() - len(dims)), w.shape, dims)
 
 
-def _check(w: Tensor, pattern: str | NMPattern, dims: Dims) -> tuple[int, int]:
+def _check(w: Tensor, pattern: str | NMPattern, dims: Dims) -> tuple[int, int, Dims]:
+    """N, M and `dims` counted from 0."""
     pattern = NMPattern.parse(pattern)
     if not isinstance(w, Tensor):
         raise SparsityError(f"an N:M mask needs a tensor, found {type(w).__name__}")
     if w.layout != torch.strided:
         raise SparsityError(f"an N:M mask needs a dense tensor, found one of layout {w.layout}")
-    size = reduction_size(w.shape, dims)
+    shape, rank = w.shape, w.dim()
+    whole = isinstance(dims, tuple | list) and {type(d) for d in dims} == {int}
+    places = tuple([d % rank for d in dims]) if whole and -rank <= min(dims) <= max(dims) < rank else ()
+    if not places or len(set(places)) < len(places):
+        raise SparsityError(f"dims are different dimensions, as (1,), of a weight of {tuple(shape)}; found {dims!r}")
+    size = reduction_size(shape, places)
     if size % pattern.m:
         raise SparsityError(
-            f"the reduction size {size} (dimensions {dims} of shape {tuple(w.shape)}) is not a multiple of "
+            f"the reduction size {size} (dimensions {dims} of shape {tuple(shape)}) is not a multiple of "
             f"M = {pattern.m}; choose a pattern whose M divides it or leave the weight dense"
         )
-    if not w.dtype.is_floating_point:
-        raise SparsityError(f"an N:M mask needs a floating-point weight, found {w.dtype}")
-    return pattern.n, pattern.m
+    if not w.dtype.is_floating_point or w.dtype.itemsize < 2:
+        raise SparsityError(f"an N:M mask needs a floating-point weight, found {w.dtype}; of 16 bits or more")
+    return pattern.n, pattern.m, places

@@ -19,7 +19,7 @@ from nm_sparsity.core.masks.memory import TYPES, Lines
 
 RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3, "soft": 4}
 _NUMBER = {dtype: number for number, dtype in enumerate(TYPES)}
-_CALL = struct.Struct("5q d P q P q q P P q")
+_CALL = struct.Struct("6q d P q P q q P P q")
 """`Call` in keep_largest.cpp: ctypes takes one argument much faster than many."""
 
 
@@ -111,9 +111,8 @@ def _table(tensors: Iterable[Tensor], lines: Iterable[Lines], places: Iterable[i
 
 def _run(*call: float) -> None:
     kernel = library()
-    assert kernel is not None, "callers ask `available` first"
-    failed = kernel.nm_run(_CALL.pack(*call, torch.get_num_threads()))
-    assert not failed, f"no kernel for {call}"
+    if kernel is None or kernel.nm_run(_CALL.pack(_CALL.size, *call, torch.get_num_threads())):
+        raise RuntimeError(f"the compiled CPU kernel does not know {call}: it is of another version, install again")
 
 
 def _address(values: array[int]) -> int:

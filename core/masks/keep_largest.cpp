@@ -361,16 +361,17 @@ std::pair<Kernel, int> find(int result, int from, int to, int m) {
 
 constexpr int64_t TILES_A_THREAD = 16;  // at least; below that, starting a thread costs more than it saves
 
-// What Python packs; addresses are integers where it computes them.
+// What Python packs. Of tables, addresses are integers.
 struct Row {
     int64_t w, outer, inner, place;
 };
 
 struct Call {
+    int64_t size;  // of this; another one's is that of another version
     int64_t result, from, to;  // the types of weights and results
     int64_t m, n;
     double scale;
-    const float* const* scales;  // of each weight; without them, `scale` is that of all
+    const int64_t* scales;  // where that of each weight lies; without them, `scale` is that of all
     int64_t count;
     const Row* rows;
     int64_t base, unit;
@@ -383,7 +384,10 @@ struct Call {
 
 // To apply masks, they stand in the place of the weights, m is 1 and `to` is the size of an entry.
 extern "C" int nm_run(const Call& call) {
-    const auto [kernel, groups] = find(int(call.result), int(call.from), int(call.to), int(call.m));
+    if (call.size != sizeof(Call)) return 1;
+    const auto found = find(int(call.result), int(call.from), int(call.to), int(call.m));
+    const Kernel kernel = found.first;  // no structured binding: clang takes none into a parallel region
+    const int groups = found.second;
     if (!kernel) return 1;
     std::vector<int64_t> first(call.count + 1);  // the tiles before each weight's
     for (int64_t i = 0; i < call.count; i++) {
@@ -403,7 +407,7 @@ extern "C" int nm_run(const Call& call) {
             const Weight weight{reinterpret_cast<const char*>(row.w),
                                 reinterpret_cast<char*>(call.base + call.unit * call.out[i]),
                                 row.outer, row.inner, int(call.n),
-                                call.scales ? *call.scales[i] : float(call.scale)};
+                                call.scales ? *reinterpret_cast<const float*>(call.scales[i]) : float(call.scale)};
             const int64_t nb = std::min<int64_t>(row.inner, groups), na = groups / nb;
             const int64_t across = (row.inner + nb - 1) / nb;
             int64_t changed = 0;

@@ -24,6 +24,7 @@ from nm_sparsity.core import (
     unsparsify,
     verify,
 )
+from nm_sparsity.core.masks import add_dropped_
 
 
 def enter(model: Any) -> None:
@@ -79,6 +80,20 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "make_method(None)": (lambda: make_method(None), "unknown method"),  # type: ignore[arg-type]
     "keep_largest(list)": (lambda: keep_largest([1.0, 2.0], "2:4"), "needs a tensor, found list"),  # type: ignore[arg-type]
     "nm_mask(int)": (lambda: nm_mask(torch.ones(4, 4, dtype=torch.int), "2:4"), "floating-point weight"),
+    "keep_largest(fp8)": (lambda: keep_largest(torch.ones(4, 4).to(torch.float8_e4m3fn), "2:4"), "16 bits or more"),
+    "keep_largest(dtype=int)": (lambda: keep_largest(torch.ones(4, 4), "2:4", dtype=torch.int), "floating-point dtype"),
+    **{
+        f"nm_mask(dims={dims})": (
+            lambda dims=dims: nm_mask(torch.ones(4, 4), "2:4", dims),
+            "dims are different dimensions",
+        )
+        for dims in (1, None, "1", (), (2,), (-3,), (1, 1), (1, -1), (1.0,), (True,))
+    },
+    "nm_mask(vector)": (lambda: nm_mask(torch.ones(4), "2:4"), "dims are different dimensions"),
+    "add_dropped_(shape)": (
+        lambda: add_dropped_(torch.zeros(8, 4)[:4], torch.ones(8, 4), "2:4", (1,), 1.0),
+        "of shape (4, 4) does not go with a weight of (8, 4)",
+    ),
     "satisfies(sparse)": (lambda: satisfies(torch.eye(4).to_sparse(), "2:4"), "needs a dense tensor"),
     "verify(None)": (lambda: verify(None, "2:4"), "found NoneType"),  # type: ignore[arg-type]
     "verify(3)": (lambda: verify(3, "2:4"), "int"),  # type: ignore[arg-type]

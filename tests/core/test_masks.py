@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nm_sparsity.core import SparsityError, keep_largest, masks, nm_mask, satisfies
+from nm_sparsity.core.masks import count_violations
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 2.0, float("inf"), -float("inf"), float("nan")]
 
@@ -147,3 +148,11 @@ def test_refuses_sizes_and_types_that_have_no_groups() -> None:
         nm_mask(torch.zeros(4, 10), "2:4")
     with pytest.raises(SparsityError, match=r"floating-point weight, found torch\.int32"):
         keep_largest(torch.zeros(4, 8, dtype=torch.int32), "2:4")
+
+
+def test_dimensions_are_counted_from_the_end_too() -> None:
+    w = torch.randn(4, 6, 8)
+    for dims, same in (((-1,), (2,)), ((-2, -1), (1, 2)), ((0, -1), (0, 2))):
+        assert torch.equal(nm_mask(w, "2:4", dims), nm_mask(w, "2:4", same))
+        assert torch.equal(keep_largest(w, "2:4", dims), keep_largest(w, "2:4", same))
+        assert count_violations(keep_largest(w, "2:4", same), "2:4", dims) == 0

@@ -76,10 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="on the GPU (default bf16)")
     args = parser.parse_args(argv)
     x = models.random_inputs(user_model.parse_shape(args.input), args.vocabulary)
-    arguments = user_model.parse_arguments(args.args)
+    model, _ = models.build_named(args.model, args.args)
     out = make_folder(args.out)
-    named = ":" in args.model
-    model = user_model.build(args.model, arguments) if named else models.workload(args.model).build()
     steps = accelerate(args.checkpoint, model, x, out, args.dtype)
     print(format_table(["step", "outcome"], [(step, outcome.partition("\n")[0]) for step, outcome in steps]))
     for _, outcome in steps:

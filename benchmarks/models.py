@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nm_sparsity.benchmarks.llama import Llama, LlamaBlock
 from nm_sparsity.core import SparsityError
+from nm_sparsity.core.experiments import user_model
 
 
 class Attention(nn.Module):
@@ -255,3 +256,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "model", help=f"{', '.join(WORKLOADS)}, a torchvision model, or your own as package.module:function"
     )
     parser.add_argument("--args", default="[]", help="that function's arguments as a JSON list or object")
+
+
+def build_named(name: str, arguments: str) -> tuple[nn.Module, Workload | None]:
+    """The model that `add_model_arguments` take; the workload, where it is one.
+
+    Raises:
+        SparsityError: if there is no such model, it cannot be built, or arguments are given for a workload.
+    """
+    given = user_model.parse_arguments(arguments)
+    if ":" in name:
+        return user_model.build(name, given), None
+    setup = workload(name)
+    if given:
+        raise SparsityError(f'--args are those of your own package.module:function; "{name}" takes none')
+    return setup.build(), setup

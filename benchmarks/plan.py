@@ -322,18 +322,14 @@ def _named(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Sequence[str]]:
     """The model that a command line names and an input of it, on the meta device; what stays dense in it."""
     if args.batch < 1:
         raise SparsityError("--batch must be at least 1")
-    exclude: Sequence[str] = ()
     inputs = args.input and models.random_inputs(user_model.parse_shape(args.input), args.vocabulary, "meta")
     with torch.device("meta"):
-        if ":" in args.model:
-            if inputs is None:
-                raise SparsityError(f"{args.model} needs the shape of an input, e.g. --input 32,3,224,224")
-            model = user_model.build(args.model, user_model.parse_arguments(args.args))
-        else:
-            setup = models.workload(args.model)
-            model, exclude = setup.build(), setup.exclude
-            inputs = setup.inputs(args.batch, "meta") if inputs is None else inputs
-    return model, inputs, args.exclude or exclude
+        model, setup = models.build_named(args.model, args.args)
+    if inputs is None and setup is None:
+        raise SparsityError(f"{args.model} needs the shape of an input, e.g. --input 32,3,224,224")
+    if setup is None:
+        return model, inputs, args.exclude or ()
+    return model, setup.inputs(args.batch, "meta") if inputs is None else inputs, args.exclude or setup.exclude
 
 
 if __name__ == "__main__":

@@ -63,10 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if reason := BACKENDS["cusparselt"].why_not_device(device):
         raise SparsityError(f"nothing to tune: {reason}")
     with torch.device("meta"):
-        if ":" in args.model:
-            model = user_model.build(args.model, user_model.parse_arguments(args.args))
-        else:
-            model = models.workload(args.model).build()
+        model, _ = models.build_named(args.model, args.args)
     cache = Cache(device, args.out)
     done = tune(problems_of(model, DTYPES[args.dtype], tokens), device, cache)
     rows = [(str(problem), *algorithm) for problem, algorithm in done.algorithms.items()]

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "model", help="a torchvision model name (resnet50) or package.module:function; the current folder is importable"
     )
-    inspect.add_argument("--args", default="[]", help="the function's arguments as a JSON list")
+    inspect.add_argument("--args", default="[]", help="its arguments as a JSON list or object")
     inspect.add_argument(
         "--input", help="input shape for counting FLOPs, or none; default: 1,3,224,224 for torchvision's models"
     )

@@ -47,6 +47,7 @@ BAD = {
         inspect resnet18 --input 1,3,-224,224
         inspect resnet18 --input 99999999999999999999,3,224,224
         inspect resnet18 --args 5
+        inspect resnet18 --args [3]
         inspect resnet18 --args "[1, 2, 3, 4, 5, 6, 7, 8, 9]"
         inspect resnet18 --jsn
         inspect no_module:build

@@ -56,6 +56,8 @@ def build(name: str, arguments: Arguments = ()) -> nn.Module:
             f'unknown model "{name}"; torchvision has {", ".join(close[:8])} ...; '
             "for a model of your own write package.module:function"
         )
+    if arguments and not isinstance(arguments, Mapping):  # whose first may be that pretrained weights be fetched
+        raise SparsityError(f'--args of torchvision\'s "{name}" go by name, as {{"num_classes": 10}}')
     builder = get_model_builder(name)
     # Detectors would otherwise fetch a pretrained backbone.
     untrained = dict.fromkeys({"weights", "weights_backbone"} & set(signature(builder).parameters))

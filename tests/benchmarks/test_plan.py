@@ -180,6 +180,7 @@ def test_a_model_of_ones_own(own: None, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["resnet50", "--args", "[10]"], '--args are those of your own package.module:function; "resnet50" takes none'),
         (["my_plans:build", "--args", "[256]"], "my_plans:build needs the shape of an input"),
         (["my_plans:build", "--args", "[256", "--input", "8,64"], "--args takes a JSON list"),
         (["my_plans:build", "--args", "256", "--input", "8,64"], "--args takes a JSON list"),

@@ -20,7 +20,7 @@ from nm_sparsity.classification.checkpoints import Trained
 from nm_sparsity.classification.data import eval_batches, load_splits
 from nm_sparsity.core import frozen
 from nm_sparsity.core.experiments.command_line import command_line, present_names
-from nm_sparsity.core.experiments.folders import results_folder
+from nm_sparsity.core.experiments.folders import results_folder, what_was_written
 from nm_sparsity.core.experiments.run import EVALUATION, write_json
 from nm_sparsity.core.table import format_table
 
@@ -124,7 +124,13 @@ class Arguments:
     json: bool = False
     """Print JSON, with every class and the whole confusion matrix."""
     out: Path | None = None
-    """A folder for that JSON, evaluation.json; without it, nothing is written."""
+    """A folder for that JSON, evaluation.json; by default that of a run on its own test images, else none."""
+
+    @property
+    def as_it_stands(self) -> Path | None:
+        """The run folder, if it is measured as it was trained, on its own test images."""
+        asked = self.config, self.data
+        return self.path if self.path.is_dir() and asked == (None, None) and self.split == "test" else None
 
 
 @dataclass(frozen=True)
@@ -197,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure the checkpoint that `arguments`, by default the command line's, name; print what was found."""
     given = present_names(sys.argv[1:] if arguments is None else arguments, {"--data.root": "--data"})
     parsed = tyro.cli(Arguments, args=given, prog="python -m nm_sparsity.classification.evaluate")
-    folder = results_folder(None, parsed.out, (EVALUATION,))
+    folder = results_folder(parsed.as_it_stands, parsed.out, (EVALUATION,))
     with distributed.processes(parsed.device) as device:
         found = evaluate_checkpoint(parsed, device)
         if distributed.rank() > 0:
@@ -206,9 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
     classes = {name: dict(zip(keys, row, strict=True)) for name, *row in found.classes()}
     what = {"checkpoint": str(parsed.path), "split": parsed.split, **asdict(found.accuracy)}
     result = {**what, "classes": classes, "confusion": found.confusion.tolist()}
-    print(json.dumps(result) if parsed.json else found)
     if folder is not None:
         write_json(folder / EVALUATION, result)
+    print(json.dumps(result) if parsed.json else f"{found}\n\n{what_was_written((EVALUATION,), folder)}")
 
 
 if __name__ == "__main__":

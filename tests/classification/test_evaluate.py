@@ -58,10 +58,14 @@ def test_every_kind_of_checkpoint_gives_the_same_accuracy(
     ):
         found = measured(capsys, *arguments)
         assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
+    assert not (tmp_path / "evaluation.json").exists()
+    kept = json.loads((config.folder / "evaluation.json").read_text())  # of the run as it stands
+    assert kept["checkpoint"] == str(config.folder)
     val = measured(capsys, str(config.folder), "--split", "val", "--out", str(tmp_path / "val"))
     assert json.loads((tmp_path / "val" / "evaluation.json").read_text()) == val
     assert "val holds evaluation.json already" in failed(capsys, str(config.folder), "--out", str(tmp_path / "val"))
     assert val["top1"] == pytest.approx(summary["val/top1"])
+    assert json.loads((config.folder / "evaluation.json").read_text()) == kept
 
 
 def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny) -> None:

@@ -10,7 +10,7 @@ from nm_sparsity.core.methods.base import Method, register
 @register
 @dataclass(frozen=True)
 class Dense(Method):
-    """No layer is converted; `finalize` and `verify` run and find nothing to do."""
+    """No layer is converted; `finalize` finds nothing to do, and `verify` refuses what has no sparse weight."""
 
     name = "dense"
     trains_sparse = False

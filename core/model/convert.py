@@ -146,9 +146,10 @@ def unfinished(model: nn.Module) -> str:
 
 
 def unsparsify(model: nn.Module) -> None:
-    """Undo `sparsify`, in place: the dense classes come back with the dense shadow weights.
+    """Undo `sparsify`, in place: the dense classes come back with the shadow weights.
 
-    A finalized model keeps its zeros; it only forgets what it was, so that it can be sparsified anew.
+    These are dense while masks move; where a mask was fixed (by "asp", at `fix_at`), what it drops is zero since. A
+    finalized model keeps its zeros; it only forgets what it was, so that it can be sparsified anew.
 
     Raises:
         SparsityError: if the model was never sparsified.

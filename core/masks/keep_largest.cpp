@@ -139,6 +139,11 @@ constexpr int VECTOR = 0;
 template <int M, class From> void keep_contiguous(const void*, typename From::Key*, int, int) {}
 #endif
 
+// Groups that fit a vector where they are contiguous, and whose keys and ranks stay in registers where they lie side by
+// side.
+template <int M, class From> constexpr bool FITS = M * sizeof(typename From::Bits) <= VECTOR;
+template <int M> constexpr bool FEW = M <= 4;
+
 // All ones into `kept`, lines of `nb`, for what is kept of `nb` groups side by side, whose lines are `inner` apart.
 template <int M, class From, int WIDTH>
 INLINE void keep_side_by_side(const typename From::Bits* w, typename From::Key* kept, int64_t inner, int nb, int n) {
@@ -169,12 +174,13 @@ INLINE void keep_side_by_side(const typename From::Bits* w, typename From::Key* 
 }
 
 // Calls `loops` with the stride between lines and their length: loops of a known length become vector code, so contiguous
-// groups and 3 x 3 kernels in OIHW have theirs.
-template <class Loops> INLINE void with_known_lengths(int64_t inner, int64_t stride, int nb, Loops&& loops) {
+// groups and 3 x 3 kernels in OIHW have theirs, where such may come.
+template <bool CONTIGUOUS, bool NINE, class Loops>
+INLINE void with_known_lengths(int64_t inner, int64_t stride, int nb, Loops&& loops) {
     using One = std::integral_constant<int, 1>;
     using Nine = std::integral_constant<int, 9>;
-    if (inner == 1) loops(One{}, One{});
-    else if (inner == 9) loops(Nine{}, Nine{});
+    if (CONTIGUOUS && inner == 1) loops(One{}, One{});
+    else if (NINE && inner == 9) loops(Nine{}, Nine{});
     else loops(stride, nb);
 }
 
@@ -195,9 +201,8 @@ INLINE void keep_tile(const typename From::Bits* __restrict w, typename From::Ke
                 for (int b = 0; b < nb; b++) visit(j, a * nb + b, (int64_t(a) * M + j) * stride + b);
     };
     const auto each = [&](int64_t stride, auto&& visit) __attribute__((always_inline)) {
-        with_known_lengths(inner, stride, nb, [&](auto stride, auto nb) __attribute__((always_inline)) {
-            lines(stride, nb, visit);
-        });
+        const auto loops = [&](auto stride, auto nb) __attribute__((always_inline)) { lines(stride, nb, visit); };
+        with_known_lengths<!FITS<M, From>, !FEW<M>>(inner, stride, nb, loops);
     };
     each(inner, [&](int j, int t, int64_t p) { key[j][t] = std::min(Key(w[p] & Bits(~SIGN)), From::nan_key); });
     for (int j = 0; j < M; j++) {
@@ -246,7 +251,7 @@ INLINE void write_soft(const typename From::Bits* __restrict w, const typename F
                        int nb, float scale) {
     using Bits = typename From::Bits;
     constexpr Bits SIZE = Bits(~(Bits(1) << (8 * sizeof(Bits) - 1)));
-    with_known_lengths(inner, inner, nb, [=](auto stride, auto nb) __attribute__((always_inline)) {
+    with_known_lengths<true, true>(inner, inner, nb, [=](auto stride, auto nb) __attribute__((always_inline)) {
         for (int a = 0; a < na; a++)
             for (int b = 0; b < nb; b++) {
                 const int64_t at = a * M * stride + b, in = a * M * nb + b;
@@ -267,43 +272,43 @@ INLINE void write_soft(const typename From::Bits* __restrict w, const typename F
 template <int M, class From, class To, Result RESULT>
 INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
     using Bits = typename From::Bits;
-    alignas(64) typename From::Key kept[M * tile_groups<From>(M)];
     constexpr int64_t UNIT = RESULT == MASK ? 1 : sizeof(typename To::Bits);
     const int64_t inner = weight.inner, start = a0 * M * inner + b0;
     const Bits* w = reinterpret_cast<const Bits*>(weight.w) + start;
-    constexpr bool FITS = M * sizeof(Bits) <= VECTOR;
-    constexpr bool FEW = M <= 4;  // their keys and ranks stay in registers
-    const bool contiguous = FITS && inner == 1, side_by_side = FEW && nb >= LANES / 2;  // what needs no tile
+    const bool contiguous = FITS<M, From> && inner == 1, side_by_side = FEW<M> && nb >= LANES / 2;  // need no tile
     // All ones into `kept` for what is kept of `na` times `nb` groups from `w` on.
     const auto keep = [=](const Bits* w, typename From::Key* kept, int na, int n) __attribute__((always_inline)) {
         const auto by_lines = [=](auto width) __attribute__((always_inline)) {
             for (int a = 0; a < na; a++)
-                keep_side_by_side<FEW ? M : 2, From, width>(w + a * M * inner, kept + a * M * nb, inner, nb, n);
+                keep_side_by_side<FEW<M> ? M : 2, From, width>(w + a * M * inner, kept + a * M * nb, inner, nb, n);
         };
-        if (contiguous) keep_contiguous<FITS ? M : 2, From>(w, kept, na * M, n);
+        if (contiguous) keep_contiguous<FITS<M, From> ? M : 2, From>(w, kept, na * M, n);
         else if (side_by_side && nb >= LANES) by_lines(std::integral_constant<int, LANES>{});
         else if (side_by_side) by_lines(std::integral_constant<int, LANES / 2>{});
         else keep_tile<M, From>(w, kept, inner, na, nb, n);
     };
     const auto out = [=](int64_t at) { return weight.out + UNIT * (start + at); };
+    // One call of `keep` in each branch: it is inlined, and takes long to compile.
     int changed = 0;
     if constexpr (RESULT == SOFT) {
-        alignas(64) typename From::Key more[M * tile_groups<From>(M)];
-        keep(w, kept, na, weight.n);
-        keep(w, more, na, weight.n + 1);
-        write_soft<M, From, To>(w, kept, more, reinterpret_cast<typename To::Bits*>(out(0)), inner, na, nb, weight.scale);
-    } else if (nb < inner) {  // each line is a stretch of memory, and there is one group along a
-        keep(w, kept, na, weight.n);
-        for (int j = 0; j < M; j++)
-            changed += write<From, To, RESULT>(w + j * inner, kept + j * nb, out(j * inner), nb, weight.scale);
+        alignas(64) typename From::Key kept[2][M * tile_groups<From>(M)];
+        for (int more = 0; more < 2; more++) keep(w, kept[more], na, weight.n + more);
+        write_soft<M, From, To>(w, kept[0], kept[1], reinterpret_cast<typename To::Bits*>(out(0)), inner, na, nb,
+                                weight.scale);
     } else {
+        alignas(64) typename From::Key kept[M * tile_groups<From>(M)];
         // Where no tile is needed, so little at a time that the loads of what comes next overlap the stores.
         const int step = contiguous || side_by_side ? std::max(1, STRETCH / int(sizeof(Bits)) / (M * nb)) : na;
         for (int a = 0; a < na; a += step) {
             const int some = std::min(step, na - a);
             const int64_t at = a * M * inner;
             keep(w + at, kept, some, weight.n);
-            changed += write<From, To, RESULT>(w + at, kept, out(at), some * M * nb, weight.scale);
+            if (nb < inner) {  // each line is a stretch of memory, and there is one group along a
+                for (int j = 0; j < M; j++)
+                    changed += write<From, To, RESULT>(w + j * inner, kept + j * nb, out(j * inner), nb, weight.scale);
+            } else {
+                changed += write<From, To, RESULT>(w + at, kept, out(at), some * M * nb, weight.scale);
+            }
         }
     }
     return changed;

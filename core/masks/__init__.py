@@ -42,6 +42,8 @@ def soft_threshold(w: Tensor, pattern: str | NMPattern, dims: Dims, scale: Tenso
     It has no gradient.
     """
     n, m, dims = _check(w, pattern, dims)
+    if scale.dim():
+        raise SparsityError(f"the scale of a weight is a 0-dim tensor, found one of shape {tuple(scale.shape)}")
     return _along(dims, w, lambda w, axis: ops.soft_threshold(w, n, m, axis, scale))
 
 

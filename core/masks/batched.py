@@ -20,7 +20,7 @@ from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks import reference
 from nm_sparsity.core.masks.backends import backend_of, covering, rounds_to
 from nm_sparsity.core.masks.cuda import capturing, memory_of, stream
-from nm_sparsity.core.masks.groups import reduction_last, restore_order
+from nm_sparsity.core.masks.groups import reduction_last, reduction_size, restore_order
 from nm_sparsity.core.masks.memory import Lines, Look, is_dense, lie_alike
 from nm_sparsity.core.pattern import NMPattern, Placement
 
@@ -188,6 +188,11 @@ class Batch:
         groups: dict[Any, list[tuple[int, Lines]]] = defaultdict(list)
         self._others = []
         for i, (w, (pattern, dims)) in enumerate(zip(self.weights, self.placements, strict=True)):
+            if max(dims, default=0) >= w.dim() or reduction_size(w.shape, dims) % pattern.m:
+                raise SparsityError(
+                    f"a weight of shape {tuple(w.shape)} has no {pattern} groups along dimensions {dims}: it had "
+                    "another shape when it was made sparse"
+                )
             if (found := covering(w, pattern.m, dims)) is None:
                 self._others.append(i)
             else:
@@ -303,7 +308,7 @@ class _Lent:
         self.streams = streams
         """On which each memory was made."""
         self._pointers = list(map(Tensor.data_ptr, values))
-        self._holders = sum(map(_holders, memory))
+        self._sizes, self._holders = list(map(_size, memory)), sum(map(_holders, memory))
 
     def is_back(self) -> bool:
         """Whether nobody else holds the list, a tensor in it or their memory, and all is as it was handed out."""
@@ -313,6 +318,7 @@ class _Lent:
                 and _alone(self.list[0])  # a graph that saved a tensor counts, too
                 and list(map(Tensor.data_ptr, self.list[0])) == self._pointers
                 and not any(map(_version, self.list[0]))
+                and list(map(_size, self.memory)) == self._sizes
                 and sum(map(_holders, self.memory)) == self._holders
             )
 
@@ -368,6 +374,11 @@ def _alone(objects: list[Any]) -> bool:
 def _holders(t: Tensor) -> int:
     """How many references to the memory of `t` there are."""
     return int(torch._C._storage_Use_Count(t.untyped_storage()._cdata))
+
+
+def _size(t: Tensor) -> int:
+    """The bytes of the memory of `t`."""
+    return t.untyped_storage().nbytes()
 
 
 _ONE = max(map(sys.getrefcount, [object()]))

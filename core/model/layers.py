@@ -60,8 +60,8 @@ class SparseLayer:
     """What makes each weight sparse, by parameter name."""
     _nm_raw = False
     """While set, the weight properties return the shadow weights."""
-    _nm_frozen: dict[tuple[str, torch.dtype], Tensor] | None = None
-    """Inside `frozen`: the masked weights computed so far."""
+    _nm_frozen: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] | None = None
+    """Inside `frozen`: the shadow weights and the masked weights computed of them so far."""
     _nm_blocks = 0
     """How many `frozen` blocks the layer is in."""
     _parameters: dict[str, nn.Parameter | None]
@@ -250,9 +250,10 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
         )
     frozen_values = layer._nm_frozen
     if frozen_values is not None and not torch.is_grad_enabled():
-        value = frozen_values.get((name, dtype))
-        if value is None:
-            value = frozen_values[name, dtype] = state.value(w, dtype)
+        of, value = frozen_values.get((name, dtype), (None, w))
+        if of is not w:  # which `functional_call` replaces
+            value = state.value(w, dtype)
+            frozen_values[name, dtype] = w, value
         return hand_out([value], 0, (w, state))
     weight = bank.value_in_pass(layer, name, w, state, dtype)
     if weight is not None:

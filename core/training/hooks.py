@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.masks.batched import Batch
-from nm_sparsity.core.methods import Method, Step, WeightState
+from nm_sparsity.core.methods import Step, WeightState
 from nm_sparsity.core.model import bank, layers
 from nm_sparsity.core.training import phases, second_moment, watchdog
 
@@ -49,9 +49,9 @@ class _Weight(NamedTuple):
 class _Part:
     """The weights of one method and device in one parameter group of an optimizer, which are treated together."""
 
-    def __init__(self, group: int, method: Method, weights: list[_Weight]) -> None:
+    def __init__(self, group: int, weights: list[_Weight]) -> None:
         self.group = group
-        self.method = method
+        self.method = weights[0].state.method
         self.weights = weights
         self.params = [weight.param for weight in weights]
         self.states = [weight.state for weight in weights]
@@ -152,18 +152,19 @@ class _Plan:
 
     def __init__(self, optimizer: Optimizer) -> None:
         generation = bank.generation()
-        self.held = list(_parameters(optimizer))
+        self.held, self._sizes = list(_parameters(optimizer)), _group_sizes(optimizer)
         groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        found: dict[tuple[int, Method, torch.device], list[_Weight]] = {}
+        found: dict[tuple[int, int, torch.device], list[_Weight]] = {}
         seen: set[int] = set()
         for layer in layers.live_layers():
             for name, state in layer.nm_weights.items():
                 param = layer._parameters.get(name)
                 if param is not None and id(param) in groups and id(param) not in seen:
                     seen.add(id(param))
-                    key = groups[id(param)], state.method, param.device
+                    # Not methods that are equal: those of another `sparsify` are at another step of their run.
+                    key = groups[id(param)], id(state.method), param.device
                     found.setdefault(key, []).append(_Weight(layer, name, param, state))
-        self.parts = [_Part(group, method, weights) for (group, method, _), weights in found.items()]
+        self.parts = [_Part(group, weights) for (group, *_), weights in found.items()]
         places = [(w.layer._parameters, w.name) for part in self.parts for w in part.weights]
         self._holding = bank.Holding(generation, places)
         self.ids = frozenset(groups)
@@ -173,7 +174,7 @@ class _Plan:
     def holds(self, optimizer: Optimizer) -> bool:
         """Whether `optimizer` still holds what it did, and the layers what they did."""
         return (
-            sum(len(group["params"]) for group in optimizer.param_groups) == len(self.held)
+            _group_sizes(optimizer) == self._sizes
             and all(map(is_, _parameters(optimizer), self.held))
             and self._holding.lasts()
             and all(part.is_local() for part in self.parts)
@@ -193,6 +194,10 @@ def _plan(optimizer: Optimizer) -> _Plan:
 def batches(optimizer: Optimizer) -> list[Batch]:
     """The sparse weights that `optimizer` holds, this rank's rows of them, as they are treated together."""
     return [part.batch for part in _plan(optimizer).parts]
+
+
+def _group_sizes(optimizer: Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -220,7 +225,7 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
         return None
     positional = len(args) > 1  # args[0] is the optimizer itself
     closure = args[1] if positional else kwargs.get("closure")
-    if closure is None:
+    if not callable(closure):  # None, or what an optimizer of one's own takes in its place
         _treat(optimizer, parts)
         return None
 
@@ -297,7 +302,7 @@ def _own(optimizer: Optimizer, plan: _Plan) -> list[_Part]:
     for part in plan.parts:
         weights = [weight for weight in part.weights if id(weight.param) not in outer]
         if weights:
-            own.append(part if len(weights) == len(part.weights) else _Part(part.group, part.method, weights))
+            own.append(part if len(weights) == len(part.weights) else _Part(part.group, weights))
     return own
 
 

@@ -40,6 +40,10 @@ AUTO_FROM = 0.1
 """The fraction of the run before which "auto" does not hold; it does from `AUTO_UNTIL` on."""
 
 
+_COUPLED = (torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam)
+"""Optimizers with a second moment that add the weight decay to the gradient."""
+
+
 class Held(NamedTuple):
     """The second moments of a part's weights before the optimizer's update."""
 
@@ -61,7 +65,7 @@ def hold(
         moments: gives ``exp_avg_sq`` of each weight, of the gradient's shape; None where there is none yet.
 
     Raises:
-        SparsityError: if the optimizer has no second moment, or has lost it.
+        SparsityError: if the optimizer has no second moment, or has lost that of some weights.
     """
     if method.precondition is None:
         return None
@@ -70,6 +74,9 @@ def hold(
             f"precondition holds Adam's second moment, and {type(optimizer).__name__} has none: use Adam or AdamW, or "
             "dense_until for the dense phase alone"
         )
+    beta2 = group["betas"][1]
+    if not isinstance(beta2, Tensor) and not beta2:
+        raise SparsityError("precondition holds Adam's second moment, and with beta2 = 0 there is none to hold")
     held = ~step.states[0].dense
     if held.is_cpu and not held and method.precondition != "auto":
         return None
@@ -83,14 +90,13 @@ def hold(
             "precondition holds Adam's second moment, but the optimizer has none of some weights: load its state too "
             "when resuming"
         )
-    beta2 = group["betas"][1]
     before = []
     for moment, grad, weight in found:
         g = grad.to(moment.dtype)
         if (scale := getattr(optimizer, "grad_scale", None)) is not None:
             g = g / scale
         if decay := _l2_penalty(optimizer, group):
-            g = g.add(weight, alpha=decay)
+            g = g.add(weight, alpha=-decay if group.get("maximize") else decay)  # squared, so its sign is free
         before.append(moment.clone())
         share = (1 - beta2) * (1 - MARGIN * torch.finfo(moment.dtype).eps)
         moment.copy_(torch.where(held, (moment - share * g * g) / beta2, moment))
@@ -137,5 +143,5 @@ def _look(held: Held, step: Step, group: dict[str, Any]) -> None:
 
 def _l2_penalty(optimizer: Optimizer, group: dict[str, Any]) -> float:
     """The weight decay that the optimizer adds to the gradient, and so to what it squares."""
-    coupled = type(optimizer).__module__.startswith("torch.optim") and not isinstance(optimizer, torch.optim.AdamW)
+    coupled = isinstance(optimizer, _COUPLED) and not isinstance(optimizer, torch.optim.AdamW)
     return float(group.get("weight_decay", 0.0)) if coupled and not group.get("decoupled_weight_decay") else 0.0

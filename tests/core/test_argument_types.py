@@ -24,7 +24,7 @@ from nm_sparsity.core import (
     unsparsify,
     verify,
 )
-from nm_sparsity.core.masks import add_dropped_
+from nm_sparsity.core.masks import add_dropped_, soft_threshold
 
 
 def enter(model: Any) -> None:
@@ -90,6 +90,10 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         for dims in (1, None, "1", (), (2,), (-3,), (1, 1), (1, -1), (1.0,), (True,))
     },
     "nm_mask(vector)": (lambda: nm_mask(torch.ones(4), "2:4"), "dims are different dimensions"),
+    "soft_threshold(scales)": (
+        lambda: soft_threshold(torch.ones(4, 4), "2:4", (1,), torch.empty(0)),
+        "a 0-dim tensor, found one of shape (0,)",
+    ),
     "add_dropped_(shape)": (
         lambda: add_dropped_(torch.zeros(8, 4)[:4], torch.ones(8, 4), "2:4", (1,), 1.0),
         "of shape (4, 4) does not go with a weight of (8, 4)",

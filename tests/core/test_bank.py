@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
-from nm_sparsity.core import finalize, frozen, keep_largest, sparsify, unsparsify
+from nm_sparsity.core import SparsityError, finalize, frozen, keep_largest, sparsify, unsparsify
 from nm_sparsity.core.masks.batched import Batch
 from nm_sparsity.core.model import bank
 from nm_sparsity.core.model.layers import sparse_weights
@@ -769,3 +769,29 @@ def test_functional_weights_are_told_apart_and_not_kept() -> None:
             del weights
             assert alive() is None
     assert seen == [2.0 * i for i in range(6)]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (8,), (2, 2, 2)])
+def test_a_weight_that_has_no_groups_any_more_is_refused(shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4))
+    sparsify(net, "2:4")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    weight = net[0]._parameters["weight"]
+    weight.data = torch.ones(shape)
+    with pytest.raises(SparsityError, match=r"has no 2:4 groups along dimensions \(1,\)"):
+        net(torch.randn(2, shape[-1]))
+    weight.grad = torch.ones(shape)
+    with pytest.raises(SparsityError, match="has no 2:4 groups"):
+        optimizer.step()
+
+
+def test_frozen_keeps_what_it_computed_of_other_weights_apart() -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    sparsify(net, "2:4")
+    other, x = {name: torch.randn_like(p) for name, p in net.named_parameters()}, torch.randn(2, 8)
+    with torch.no_grad():
+        expected = [net(x), torch.func.functional_call(net, other, x)]
+        with frozen(net):
+            for _ in range(2):
+                assert torch.equal(net(x), expected[0])
+                assert torch.equal(torch.func.functional_call(net, other, x), expected[1])

@@ -678,3 +678,48 @@ def test_a_gradient_from_before_the_weight_grew_is_refused() -> None:
     weight.data = torch.randn(1024, 8)
     with pytest.raises(SparsityError, match=r"shape \(4, 8\) does not go with a weight of \(1024, 8\)"):
         optimizer.step()
+
+
+def test_groups_that_are_made_later_are_seen() -> None:
+    net = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    sparsify(net, "2:4", decay=LAMBDA)
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    for way in ("one", "two", "one"):
+        if way == "two":  # the same parameters in the same order
+            optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()], "maximize": True})
+        elif len(optimizer.param_groups) > 1:
+            optimizer.param_groups[0]["params"] += optimizer.param_groups.pop()["params"]
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        before = [p.detach().clone() for p in net.parameters()]
+        optimizer.step()
+        for p, w in zip(net.parameters(), before, strict=True):
+            expected = torch.where(nm_mask(w, "2:4"), w, (1 - LR * LAMBDA) * w)
+            torch.testing.assert_close(p.detach(), expected)
+
+
+def test_equal_methods_of_two_runs_have_steps_of_their_own() -> None:
+    nets = [nn.Linear(8, 8), nn.Linear(8, 8)]
+    optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], lr=LR)
+    for step in range(15):
+        if step in (0, 7):
+            sparsify(nets[step > 0], "2:4", method="ste", fix_at=0.5, total_steps=10)
+        optimizer.zero_grad()
+        sum(net(torch.ones(1, 8)).sum() for net in nets).backward()
+        optimizer.step()
+        late = nets[1].get_parameter("weight")
+        assert satisfies(late, "2:4") == (step >= 7 + 5)
+
+
+def test_what_takes_the_place_of_a_closure_is_left_alone() -> None:
+    class Told(torch.optim.SGD):
+        def step(self, loss: float | None = None) -> None:  # type: ignore[override]
+            self.loss = loss
+            super().step()
+
+    net = nn.Linear(8, 8)
+    sparsify(net, "2:4", decay=LAMBDA)
+    optimizer = Told(net.parameters(), lr=LR)
+    net(torch.randn(2, 8)).sum().backward()
+    optimizer.step(0.5)
+    assert optimizer.loss == 0.5

@@ -247,3 +247,34 @@ def test_text_becomes_the_type_of_the_field(ramped: None) -> None:
 def test_hyperparameters_that_do_not_fit_are_named(given: dict[str, str], complaint: str, ramped: None) -> None:
     with pytest.raises(SparsityError, match=complaint):
         SparsityConfig(method="ramped", decay=1.0, hyperparameters=given)
+
+
+class LoggedAdam(torch.optim.Adam):
+    """Of a module of one's own."""
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, LoggedAdam, torch.optim.AdamW])
+def test_the_moment_is_held_whatever_the_optimizer_squares(kind: type[torch.optim.Adam], maximize: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Linear(16, 16)
+    sparsify(net, "2:4", method="ste", precondition=0.5, total_steps=20)
+    optimizer = kind(net.parameters(), lr=1e-2, weight_decay=0.1, maximize=maximize)
+    weight, sign, held = net.get_parameter("weight"), -1 if maximize else 1, torch.empty(0)
+    for step in range(20):
+        optimizer.zero_grad()
+        (sign * net(torch.randn(32, 16)).square().mean() * (30 if step >= 10 else 1)).backward()
+        optimizer.step()
+        moment = optimizer.state[weight]["exp_avg_sq"]
+        held = moment.clone() if step == 9 else held
+        assert step <= 9 or torch.equal(moment, held)
+    assert weight.isfinite().all()
+
+
+def test_a_second_moment_that_forgets_all_is_refused() -> None:
+    net = nn.Linear(16, 16)
+    sparsify(net, "2:4", method="ste", precondition=0.5, total_steps=20)
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.0))
+    net(torch.randn(2, 16)).sum().backward()
+    with pytest.raises(SparsityError, match="beta2 = 0"):
+        optimizer.step()

@@ -87,6 +87,18 @@ class Backend:
         raise NotImplementedError
 
 
+class _NoGradient(torch.autograd.Function):
+    """A result whose gradient, once it is asked for, is an error and not a silent zero."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *inputs: Tensor | None) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise SparsityError("a compressed 2:4 layer is for inference and has no gradient: train the model before")
+
+
 class CuSparseLt(Backend):
     """cuSPARSELt with its plans kept (`nm_sparsity.core.deploy.cusparselt`): any GPU with sparse Tensor Cores."""
 
@@ -117,7 +129,8 @@ class CuSparseLt(Backend):
         traced = torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
         call: Any = torch.ops.nm_sparsity.linear_2to4 if traced else cusparselt.linear
         y: Tensor = call(x, weight, bias, None, rows, 1.0, activation, out_dtype, algorithms)
-        return y
+        wanted = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+        return _NoGradient.apply(y, x, bias) if wanted and not traced else y
 
 
 class TorchCuSparseLt(Backend):

@@ -157,6 +157,8 @@ class _Plan(Resources):
         if wanted.split_k > 1:
             self._algorithm("Set", handle, selection, "SPLIT_K_MODE", wanted.split_k_mode)
         self.address = make("MatmulPlanInit", "MatmulPlanDestroy", matmul, selection)
+        self.entries = -(-_compressed_size(self.library, handle, weight)[0] // product.dtype.itemsize)
+        """What `compress` makes of the weight has so many."""
         size = c_size_t()
         self.library.call("MatmulGetWorkspace", handle, self.address, byref(size))
         self.workspace = size.value
@@ -181,6 +183,13 @@ def _structured(make: Any, dtype: torch.dtype, rows: int, columns: int) -> int:
         "StructuredDescriptorInit", "MatDescriptorDestroy", *shape, _ALIGNMENT, OPERANDS[dtype].type, order, half
     )
     return address
+
+
+def _compressed_size(library: Any, handle: int, descriptor: int) -> tuple[int, int]:
+    """(bytes of a compressed matrix, of the memory to compress it in)."""
+    size, scratch = c_size_t(), c_size_t()
+    library.call("SpMMACompressedSize2", handle, descriptor, byref(size), byref(scratch))
+    return size.value, scratch.value
 
 
 class _Handle(Resources):
@@ -244,11 +253,10 @@ def compress(matrix: Tensor) -> Tensor:
         try:
             make = partial(resources.make, handle=handle)
             descriptor = _structured(make, matrix.dtype, rows, columns)
-            size, scratch = c_size_t(), c_size_t()
-            resources.library.call("SpMMACompressedSize2", handle, descriptor, byref(size), byref(scratch))
-            entries = -(-size.value // matrix.element_size())
+            size, scratch = _compressed_size(resources.library, handle, descriptor)
+            entries = -(-size // matrix.element_size())
             packed = matrix.new_empty((rows, entries // rows) if entries % rows == 0 else (entries,))
-            buffer = torch.empty(scratch.value, dtype=torch.uint8, device=matrix.device)
+            buffer = torch.empty(scratch, dtype=torch.uint8, device=matrix.device)
             resources.library.call(
                 "SpMMACompress2",
                 handle,
@@ -332,6 +340,10 @@ def linear(
         )
         with _on(device):
             plan = _thread.plan(product)
+            if packed.numel() != plan.entries:
+                raise SparsityError(
+                    f"the input has {columns} features, which do not fit the 2:4 weight of {out_features} outputs"
+                )
             workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=x.device) if plan.workspace else None
             out = y.data_ptr()
             status = plan.matmul(
@@ -388,17 +400,17 @@ def _check(
         raise SparsityError(
             f"the input is {_name(x.dtype)} and the 2:4 weight {_name(packed.dtype)}: convert the input"
         )
-    # Half of the values and two bits for each: 9/16 of a 16-bit matrix, 10/16 of an 8-bit one.
-    share, dense = 9 if x.element_size() == 2 else 10, out_features * x.shape[-1]
-    if abs(packed.numel() * 16 - share * dense) * 4 > dense:
-        raise SparsityError(
-            f"the input has {x.shape[-1]} features, which do not fit the 2:4 weight of {out_features} outputs"
-        )
     for vector in (bias, scale):
-        if vector is not None and vector.numel() != out_features:
-            raise SparsityError(f"bias and scale need one entry for each of {out_features} outputs")
+        if vector is None:
+            continue
+        if vector.numel() != out_features or not vector.is_contiguous():
+            raise SparsityError(f"bias and scale need one entry for each of {out_features} outputs, side by side")
+        if vector.device != x.device:
+            raise SparsityError(f"the input is on {x.device}, bias or scale on {vector.device}: move them together")
     if x.device != packed.device:
         raise SparsityError(f"the input is on {x.device} and the 2:4 weight on {packed.device}: move the input")
+    if not packed.is_contiguous():
+        raise SparsityError("the 2:4 weight is not as compress made it: it has gaps in memory")
     if out_dtype not in operands.outputs:
         known = ", ".join(map(_name, operands.outputs))
         raise SparsityError(f"a 2:4 product of {_name(x.dtype)} gives {known}, not {_name(out_dtype)}")

@@ -38,7 +38,9 @@ class Input(NamedTuple):
 
     def random(self, device: torch.device) -> Tensor:
         """A tensor like it."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device).normal_()
+        ends = [(size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True)]
+        memory = torch.empty(max(0, 1 + sum(ends)), dtype=self.dtype, device=device)
+        return memory.normal_().as_strided(self.shape, self.stride)  # which an expanded input lies in several times
 
     def tokens(self, layer: nn.Module) -> int:
         """The number of rows of `layer`'s product."""

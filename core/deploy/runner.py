@@ -134,7 +134,8 @@ def accelerate(
                 for example in examples:
                     args, kwargs = arguments(example)
                     variant(*args, **kwargs)
-                    key = _signature(args, kwargs)
+                    if (key := _signature(args, kwargs)) is None:
+                        raise SparsityError("the inputs hold something else than tensors, numbers and text")
                     fast[key] = _Captured(variant, args, kwargs) if device.type == "cuda" else variant
                 contenders[name + (" + graph" if device.type == "cuda" else "")] = fast
             except Exception as error:  # whatever a compiler raises: the other ways are left
@@ -212,11 +213,21 @@ def _twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+"""What a graph may have taken in as it was captured: its text tells it from any other."""
+
+
 def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-    """What makes a call the same for a graph: structure, shapes and dtypes, values of everything but tensors."""
+    """What makes a call the same for a graph: structure, shapes and dtypes, values of everything but tensors.
+
+    None where something else is given, which may hold tensors that the graph would never see again.
+    """
     leaves, structure = tree_flatten((args, kwargs))
+    if any(not isinstance(leaf, Tensor) and type(leaf) not in _PLAIN for leaf in leaves):
+        return None
     kinds = tuple(
-        (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+        (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
+        for leaf in leaves
     )
     return str(structure), kinds
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nm_sparsity.core import masks
 from nm_sparsity.core.errors import CheckpointError, VerificationError
+from nm_sparsity.core.files.metadata import DAMAGE
 from nm_sparsity.core.masks.groups import reduction_last, restore_order
 from nm_sparsity.core.pattern import NMPattern, Placement, Table
 
@@ -77,6 +78,6 @@ def unpack_all(
             table[name] = Placement(NMPattern.parse(layer["pattern"]), tuple(map(int, layer["dims"])))
             state[name] = unpack(tensors[name], tensors[name + POSITIONS], table[name], torch.Size(layer["shape"]))
         state.update({alias: state[name] for alias, name in tied.items()})
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(f"the metadata of {where} does not fit its tensors: {error}") from error
     return state, table

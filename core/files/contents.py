@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from nm_sparsity.core.pattern import Layout
 
 _EMBEDDING = re.compile(r"embed|^(wte|wpe|shared)$|relative_attention_bias", re.IGNORECASE)
 """Names of layers that are embeddings in most models."""
+
+_COUNTS = re.compile(r"^(?!.*size).*(layer|depth|block|expert|stage)")
+"""Keys of a Hugging Face config that number modules."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,8 @@ def _hugging_face_config(folder: Path) -> dict[str, Any]:
 def _hugging_face_model(folder: Path, config: Mapping[str, Any], state: Mapping[str, Any]) -> nn.Module | None:
     """The model of a folder, without its weights, if `transformers` has it and it names all tensors of `state`."""
     try:
+        if not _builds(config, len(state)):
+            return None
         import transformers
 
         kind = getattr(transformers, config["architectures"][0])
@@ -181,6 +187,20 @@ def _hugging_face_model(folder: Path, config: Mapping[str, Any], state: Mapping[
     known = {name for candidate in candidates(model) for name in candidate.names}
     wanted = {name for name, value in state.items() if isinstance(value, Tensor) and value.dim() > 1}
     return model if wanted <= known else None
+
+
+def _builds(config: Any, tensors: int) -> bool:
+    """Whether building what a config.json says fetches nothing, and has no more layers than the file has tensors."""
+    if isinstance(config, list):
+        return all(_builds(value, tensors) for value in config)
+    if not isinstance(config, dict):
+        return True
+    counted = [value if isinstance(value, list) else [value] for key, value in config.items() if _COUNTS.match(key)]
+    if any(isinstance(number, int | float) and number > tensors for number in chain(*counted)):
+        return False
+    if any(config.get(key) for key in ("use_pretrained_backbone", "use_timm_backbone")):
+        return False
+    return all(_builds(value, tensors) for value in config.values())
 
 
 def _json(path: Path) -> dict[str, Any]:

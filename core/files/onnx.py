@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nm_sparsity.core.errors import CheckpointError, SparsityError
+from nm_sparsity.core.files.metadata import DAMAGE
 from nm_sparsity.core.files.weights import Weight
 from nm_sparsity.core.masks.groups import reduction_size
 from nm_sparsity.core.model.candidates import dims_by_shape
@@ -50,7 +51,15 @@ def read(path: Path) -> Callable[[Layout], Iterator[Weight]]:
     except Exception as error:  # Protobuf, numpy and onnx have errors of their own.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(f"{path} is damaged or not an ONNX model: {reason}") from error
-    return lambda layout: _weights(tensors, nodes, layout)
+
+    def weights(layout: Layout) -> Iterator[Weight]:
+        try:
+            found = list(_weights(tensors, nodes, layout))
+        except DAMAGE as error:
+            raise CheckpointError(f"{path} is damaged: its operators do not fit its weights: {error}") from error
+        return iter(found)
+
+    return weights
 
 
 def _weights(tensors: Mapping[str, Tensor], nodes: list[Any], layout: Layout) -> Iterator[Weight]:

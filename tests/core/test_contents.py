@@ -16,6 +16,7 @@ from torch import nn
 from nm_sparsity.core import CheckpointError, SparsityError, VerificationError, finalize, sparsify, verify
 from nm_sparsity.core.__main__ import main
 from nm_sparsity.core.deploy.onnx import to_onnx
+from nm_sparsity.core.files import contents
 from nm_sparsity.core.files.contents import read
 from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.files.packed import save_packed
@@ -123,6 +124,10 @@ def test_a_dense_folder_and_damaged_ones_do_not_pass(tmp_path: Path, transformer
     (tmp_path / "f" / "model.safetensors.index.json").write_text("[" * 100_000)
     with pytest.raises(CheckpointError, match="is no JSON"):
         verify(tmp_path / "f", "2:4")
+    for hostile in ({"num_hidden_layers": 10**9}, {"n_layer": 10**9}, {"vision": [{"depths": [2, 10**9]}]}):
+        config = json.loads((tmp_path / "f" / "config.json").read_text())
+        assert contents._builds(config, 20)
+        assert not contents._builds({**config, **hostile}, 20), hostile
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "finalized.pt").touch()
     with pytest.raises(CheckpointError, match=r"no folder of a Hugging Face model.*name a file in it: finalized\.pt"):
@@ -256,3 +261,17 @@ def test_a_finalized_model_that_is_pickled_whole_needs_nothing_of_ours(tmp_path:
     assert not [word for word in words if "nm_sparsity" in word]
     again = torch.load(tmp_path / "whole.pt", weights_only=False)
     assert verify(again, "2:4").checked == verify(net, "2:4").checked
+
+
+@pytest.mark.parametrize("damage", [{"op_type": "ConvTranspose", "group": 0}, {"op_type": "Transpose", "perm": [0, 9]}])
+def test_onnx_operators_that_do_not_fit_their_weights(tmp_path: Path, damage: dict[str, Any]) -> None:
+    onnx = pytest.importorskip("onnx")
+    node = onnx.helper.make_node(inputs=["x", "w"] if "group" in damage else ["w"], outputs=["y"], **damage)
+    w = onnx.numpy_helper.from_array(
+        torch.ones(8, 8, 1, 1).numpy() if "group" in damage else torch.ones(8, 8).numpy(), "w"
+    )
+    y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph([node], "g", [], [y], [w])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "damaged.onnx")
+    with pytest.raises(CheckpointError, match="its operators do not fit its weights"):
+        verify(tmp_path / "damaged.onnx", "2:4")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nm_sparsity.core import SparsityError, keep_largest
 from nm_sparsity.core.deploy import cusparselt, library
+from nm_sparsity.core.deploy.backends import BACKENDS
 from nm_sparsity.core.deploy.cusparselt import compress
 from nm_sparsity.core.deploy.library import CuSparseLtError
 
@@ -255,3 +256,30 @@ def test_the_library_of_torch_tells_its_version_without_a_gpu() -> None:
     if library.version() is None:
         pytest.skip("this torch has no cuSPARSELt")
     assert library.library().version >= library.OLDEST
+
+
+@pytest.mark.parametrize("features", [1008, 1040])
+def test_features_that_hardly_differ_do_not_fit_either(stand_in: Path, features: int) -> None:
+    _, w = operands(torch.float16, rows=1024, columns=1024)
+    packed = compress(w)
+    with pytest.raises(SparsityError, match="which do not fit the 2:4 weight of 1024 outputs"):
+        linear(torch.randn(2, features).half(), packed, None, None, 1024, 1.0, "", None, [])
+
+
+def test_a_bias_with_gaps_is_refused(stand_in: Path) -> None:
+    x, w = operands(torch.float16)
+    bias = torch.randn(64, 2).half()[:, 0]
+    with pytest.raises(SparsityError, match="side by side"):
+        linear(x, compress(w), bias, None, 64, 1.0, "", None, [])
+
+
+def test_a_gradient_is_an_error_and_no_silent_zero(stand_in: Path) -> None:
+    x, w = operands(torch.float16)
+    packed, backend = compress(w), BACKENDS["cusparselt"]
+    x.requires_grad_()
+    y = backend.linear(x, packed, 64)
+    close(y.detach(), x.detach() @ w.T)
+    with pytest.raises(SparsityError, match="for inference and has no gradient"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not backend.linear(x, packed, 64).requires_grad

@@ -136,6 +136,10 @@ def damage_dims(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     metadata["layers"] = metadata["layers"].replace('"dims": [1]', '"dims": [1, 1]')
 
 
+def endless_dims(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["layers"] = metadata["layers"].replace('"dims": [1]', '"dims": [Infinity]')
+
+
 def negative_shape(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     metadata["layers"] = metadata["layers"].replace("[16, 8, 3, 3]", "[-16, -8, 3, 3]")
 
@@ -159,6 +163,7 @@ def foreign_format(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None
         damage_shape,
         damage_pattern,
         damage_dims,
+        endless_dims,
         negative_shape,
         nest_deeply,
         foreign_format,

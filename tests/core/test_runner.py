@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from nm_sparsity.core.deploy import runner
 from nm_sparsity.core.deploy.backends import CuSparseLt
 from nm_sparsity.core.deploy.cache import Cache, Problem
 from nm_sparsity.core.deploy.cusparselt import Algorithm
-from nm_sparsity.core.deploy.measure import ROUNDS
+from nm_sparsity.core.deploy.measure import ROUNDS, Input
 from nm_sparsity.core.deploy.runner import accelerate
 
 CPU = torch.device("cpu")
@@ -178,3 +179,19 @@ def test_bad_input_is_one_line(stand_in: Path) -> None:
     sparsify(training)
     with pytest.raises(SparsityError, match="call finalize"):
         accelerate(training, torch.randn(10, 32), backend=OnHost())
+
+
+def test_only_what_its_text_tells_may_be_in_a_graph() -> None:
+    def signature(*args: Any) -> Any:
+        return runner._signature(args, {})
+
+    x = torch.zeros(2)
+    assert signature(x, 1, [None, "a", {"k": torch.int8}]) == signature(x + 1, 1, [None, "a", {"k": torch.int8}])
+    assert signature(x, 1) != signature(x, True)
+    assert signature(x, SimpleNamespace(x=x)) is None
+
+
+def test_inputs_that_lie_in_memory_several_times_are_imitated() -> None:
+    for t in (torch.zeros(3, 1).expand(3, 4), torch.zeros(2, 5).t(), torch.zeros(0, 4), torch.zeros(())):
+        made = Input(tuple(t.shape), t.stride(), t.dtype).random(CPU)
+        assert (made.shape, made.stride()) == (t.shape, t.stride())

@@ -154,9 +154,13 @@ def _note_calls(model: nn.Module, eligible: list[Candidate], example: Any, token
         for candidate in eligible:
             candidate.calls = {_input(candidate, tokens): 1}
         return
-    called = measuring.calls_of(model, [candidate.layer for candidate in eligible], example, device_of(model))
+    holders = {id(candidate.follows[0]): candidate.follows[0] for candidate in eligible if candidate.follows}
+    noted = [*(candidate.layer for candidate in eligible), *holders.values()]
+    called = measuring.calls_of(model, noted, example, device_of(model))
     for candidate in eligible:
         candidate.calls = called[id(candidate.layer)]
+        if candidate.follows and sum(called[id(candidate.follows[0])].values()) != sum(candidate.calls.values()):
+            candidate.activation, candidate.follows = "", None  # the layer is called by itself, too
         others = {one.dtype for one in candidate.calls} - {candidate.param.dtype}
         if not candidate.calls:
             candidate.why = "the example does not reach it"

@@ -69,9 +69,9 @@ def calls_of(model: nn.Module, layers: Iterable[nn.Module], example: object, dev
     found: dict[int, dict[Input, int]] = {id(layer): {} for layer in layers}
 
     def note(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        (x,) = tensors((args, kwargs))[:1]
-        key = Input(tuple(x.shape), x.stride(), x.dtype)
-        found[id(layer)][key] = found[id(layer)].get(key, 0) + 1
+        for x in tensors((args, kwargs))[:1]:
+            key = Input(tuple(x.shape), x.stride(), x.dtype)
+            found[id(layer)][key] = found[id(layer)].get(key, 0) + 1
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
     fast = torch.backends.mha.get_fastpath_enabled()

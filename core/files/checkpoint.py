@@ -103,6 +103,7 @@ def restore(
     if metadata is not None and resuming:
         check_table(model, metadata)
         state = merge(state, metadata)
+        _check_names_and_shapes(model, state)
         _check_sparsity_state(model, metadata.state)
     if any(isinstance(p, DTensor) for p in model.parameters()):
         # Imported late: it is slow to import and only sharded models need it.
@@ -235,10 +236,12 @@ def _check_names_and_shapes(model: nn.Module, state: Mapping[str, Any]) -> None:
     if unexpected := [name for name in state if name not in own]:
         raise CheckpointError(f"the checkpoint holds {_some(unexpected)}, which {kind} does not have")
     for name, value in own.items():
-        if _shape(value) != _shape(state[name]):
-            raise CheckpointError(
-                f"{name} has shape {_shape(value)} in {kind} and {_shape(state[name])} in the checkpoint"
-            )
+        given = state[name]
+        plain = isinstance(value, Tensor) and isinstance(given, Tensor)
+        if plain and (given.is_meta or given.layout != value.layout):
+            raise CheckpointError(f"{name} of the checkpoint is a tensor of layout {given.layout} on {given.device}")
+        if _shape(value) != _shape(given):
+            raise CheckpointError(f"{name} has shape {_shape(value)} in {kind} and {_shape(given)} in the checkpoint")
 
 
 def _placement(placement: Placement | None) -> str:

@@ -157,6 +157,8 @@ def why_not_counted(value: Tensor) -> str:
         return "it is a nested tensor"
     if value.layout is not torch.strided:
         return f"it is stored as {value.layout}, not densely"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return "it is expanded: its entries share memory"
     if not value.dtype.is_floating_point or value.element_size() < 2:
         return f"{value.dtype}: masks need fp64, fp32, bf16 or fp16"
     return ""
@@ -247,7 +249,7 @@ def _memory(value: Any) -> dict[str, Any]:
     if isinstance(value["lr_sum"], bool) or not math.isfinite(value["lr_sum"]):
         raise ValueError
     steps = _whole_number(value.get("steps", 0))  # format 1 counted none
-    if steps < 0:
+    if not 0 <= steps < 2**63:
         raise ValueError
     return {
         "steps": steps,

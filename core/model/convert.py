@@ -15,7 +15,7 @@ from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import Method, WeightState, make_method
 from nm_sparsity.core.model import bank, record
 from nm_sparsity.core.model.candidates import Candidate, candidates, find_ties_outside, reduction_dims, why_not_pattern
-from nm_sparsity.core.model.layers import SparseLayer, convert, revert, sparse_layers, sparse_weights
+from nm_sparsity.core.model.layers import SparseLayer, convert, revert, sparse_class, sparse_layers, sparse_weights
 from nm_sparsity.core.model.report import SparsityReport, WeightReport
 from nm_sparsity.core.model.rules import Rules
 from nm_sparsity.core.model.strength import warn_if_of_another_length, warn_if_weak
@@ -77,6 +77,9 @@ def sparsify(
         if state is not None:
             for _, module, param_name in candidate.owners:
                 by_module.setdefault(id(module), (module, {}))[1][param_name] = state
+    for module, weights in by_module.values():
+        # Whatever a class of the user's raises, nothing is converted yet.
+        sparse_class(type(module), tuple(weights))  # type: ignore[arg-type]
     for module, weights in by_module.values():
         convert(module, weights)
     bank.attach(model)

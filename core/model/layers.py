@@ -116,7 +116,7 @@ class SparseLayer:
 def convert(module: nn.Module, weights: dict[str, WeightState]) -> None:
     """Swap the class of `module` so that the parameters named in `weights` are sparse. In place; no tensor changes."""
     module.__dict__["nm_weights"] = weights
-    module.__class__ = _sparse_class(type(module), tuple(weights))  # type: ignore[arg-type]
+    module.__class__ = sparse_class(type(module), tuple(weights))  # type: ignore[arg-type]
     assert isinstance(module, SparseLayer)
     _register(module)
 
@@ -191,14 +191,15 @@ def _raw(layer: SparseLayer) -> Iterator[None]:
 
 
 @cache
-def _sparse_class(dense: Any, names: tuple[str, ...]) -> type[nn.Module]:
+def sparse_class(dense: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of a layer's class whose parameters `names` are sparse."""
     # torch.fx takes layers of torch.nn as they are, by their module's name.
     members = {"__module__": dense.__module__, **{name: _property(name) for name in names}}
     return type(f"Sparse{dense.__name__}", (SparseLayer, dense), members)
 
 
 def _rebuild(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
-    module: Any = dense.__new__(_sparse_class(dense, names))  # type: ignore[arg-type]
+    module: Any = dense.__new__(sparse_class(dense, names))  # type: ignore[arg-type]
     _register(module)
     return module
 

@@ -473,3 +473,34 @@ def test_damaged_metadata_is_one_error_and_changes_nothing(damage: str) -> None:
     with pytest.raises(CheckpointError):
         restore(other, state, DAMAGE[damage](metadata))
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tied": {"0.bias": "0.weight"}},
+        {"state": {"0.weight": {"lr_sum": 0.0, "preconditioned": False, "state": {}, "steps": 10**30}}},
+    ],
+)
+def test_a_damaged_entry_leaves_the_model_as_it_was(change: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    sparsify(net, "2:4")
+    state, metadata = split(net)
+    before = {name: p.detach().clone().fill_(3.0) for name, p in net.named_parameters()}
+    net.load_state_dict(before)
+    with pytest.raises(CheckpointError):
+        restore(net, state, {**metadata, **change})
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(8, device="meta"), torch.zeros(8).to_sparse()], ids=["meta", "sparse"])
+def test_what_cannot_be_loaded_leaves_the_model_as_it_was(bias: torch.Tensor) -> None:
+    net = nn.Sequential(nn.Linear(8, 8))
+    sparsify(net, "2:4")
+    state, metadata = split(net)
+    before = net[0].get_parameter("weight").detach().clone()
+    with torch.no_grad():
+        state = {**state, "0.weight": state["0.weight"] + 1, "0.bias": bias}
+    with pytest.raises(CheckpointError, match=r"0\.bias of the checkpoint is a tensor of layout"):
+        restore(net, state, metadata)
+    assert torch.equal(net[0].get_parameter("weight"), before)

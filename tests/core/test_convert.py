@@ -132,6 +132,23 @@ def test_an_activation_that_others_use_or_watch_stays(stand_in: Path) -> None:
     close(model, dense, x)
 
 
+def test_an_activation_stays_whose_layer_is_called_by_itself(stand_in: Path) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = finalized(nn.Linear(64, 64), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.pair[0](x)
+            y: Tensor = h + self.pair[1](h)
+            return y
+
+    model, x = Residual(), torch.randn(5, 64).bfloat16()
+    dense = copy.deepcopy(model)
+    assert convert(model, x, clock=clock_of(2)).converted == ("pair.0.weight",)
+    close(model, dense, x)
+
+
 def test_an_activation_that_the_library_refuses_stays(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN_NO_GELU", "1")
     model = finalized(nn.Linear(64, 32), nn.GELU("tanh"))

@@ -295,3 +295,14 @@ def test_of_two_reasons_the_report_gives_the_first_owners_whatever_the_hash_seed
     environment = {**os.environ, "PYTHONHASHSEED": seed}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert run.stdout == 'excluded by "0"; tied with 1.weight\n'
+
+
+def test_a_class_that_cannot_be_subclassed_leaves_the_model_as_it_was() -> None:
+    class Final(nn.Linear):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("no subclasses")
+
+    net = nn.Sequential(nn.Linear(8, 8), Final(8, 8))
+    with pytest.raises(TypeError, match="no subclasses"):
+        sparsify(net, "2:4")
+    assert [type(module) for module in net] == [nn.Linear, Final]

@@ -275,3 +275,8 @@ def test_nested_tensors_are_told_as_such(layout: torch.layout) -> None:
     assert [check.name for check in verify(net).checks] == ["0.weight"]
     found = verify({"a": net[0].weight.data, "b": nested}, "2:4")
     assert [(check.name, check.skipped) for check in found.checks] == [("a", ""), ("b", "it is a nested tensor")]
+
+
+def test_a_tensor_that_claims_more_than_it_holds_is_not_counted() -> None:
+    with pytest.raises(VerificationError, match="it is expanded"):
+        verify({"w": torch.zeros(1).expand(2**23, 2**23)}, "2:4")

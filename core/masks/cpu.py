@@ -21,6 +21,7 @@ RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3, "soft": 4}
 _NUMBER = {dtype: number for number, dtype in enumerate(TYPES)}
 _CALL = struct.Struct("6q d P q P q q P P q")
 """`Call` in keep_largest.cpp: ctypes takes one argument much faster than many."""
+_ROW = struct.Struct("4q")
 
 
 @cache
@@ -92,7 +93,12 @@ class Rows:
 def select(result: str, w: Tensor, out: Tensor, lines: Lines, n: int, m: int, scale: Tensor | None = None) -> None:
     """The `result` of one weight, into `out`, which lies in memory as `w` does."""
     number = None if scale is None else scale.to(w.device, torch.float32)
-    Rows([w], [lines], [0], n, m).run(result, out, [0], out.dtype, 0.0 if number is None else [number.data_ptr()])
+    scales = array("q", [] if number is None else [number.data_ptr()])
+    _run(
+        *(RESULTS[result], _NUMBER[w.dtype], _NUMBER.get(out.dtype, 0), m, n),
+        *(0.0, _address(scales), 1, 0, out.data_ptr(), 0, 0, 0),
+        row=_ROW.pack(w.data_ptr(), *lines, 0),
+    )
 
 
 def apply_masks_(targets: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -109,9 +115,9 @@ def _table(tensors: Iterable[Tensor], lines: Iterable[Lines], places: Iterable[i
     return array("q", chain.from_iterable(rows))
 
 
-def _run(*call: float) -> None:
+def _run(*call: float, row: bytes = b"") -> None:
     kernel = library()
-    if kernel is None or kernel.nm_run(_CALL.pack(_CALL.size, *call, torch.get_num_threads())):
+    if kernel is None or kernel.nm_run(_CALL.pack(_CALL.size, *call, torch.get_num_threads()) + row):
         raise RuntimeError(f"the compiled CPU kernel does not know {call}: it is of another version, install again")
 
 

@@ -378,9 +378,9 @@ struct Call {
     double scale;
     const int64_t* scales;  // where that of each weight lies; without them, `scale` is that of all
     int64_t count;
-    const Row* rows;
+    const Row* rows;  // null where the call has one weight, whose row lies right behind the call
     int64_t base, unit;
-    const int64_t* out;  // the result of weight i lies at base + unit * out[i], and is left out where that is null
+    const int64_t* out;  // the result of weight i lies at base + unit * out[i], left out where that is null; or at base
     int64_t* changes;  // how many entries of a mask changed is added at its weight's place
     int64_t threads;
 };
@@ -394,12 +394,13 @@ extern "C" int nm_run(const Call& call) {
     const Kernel kernel = found.first;  // no structured binding: clang takes none into a parallel region
     const int groups = found.second;
     if (!kernel) return 1;
+    const Row* rows = call.rows ? call.rows : reinterpret_cast<const Row*>(&call + 1);
+    const auto result = [&call](int64_t i) { return call.out ? call.base + call.unit * call.out[i] : call.base; };
     std::vector<int64_t> first(call.count + 1);  // the tiles before each weight's
     for (int64_t i = 0; i < call.count; i++) {
-        const Row& row = call.rows[i];
+        const Row& row = rows[i];
         const int64_t nb = std::min<int64_t>(row.inner, groups), na = groups / nb;
-        const bool left_out = call.base + call.unit * call.out[i] == 0;
-        first[i + 1] = first[i] + (left_out ? 0 : (row.outer + na - 1) / na * ((row.inner + nb - 1) / nb));
+        first[i + 1] = first[i] + (result(i) ? (row.outer + na - 1) / na * ((row.inner + nb - 1) / nb) : 0);
     }
     const int64_t tiles = first[call.count];
     const int threads = int(std::max<int64_t>(1, std::min(call.threads, tiles / TILES_A_THREAD)));
@@ -408,9 +409,9 @@ extern "C" int nm_run(const Call& call) {
         int64_t tile = tiles * thread / threads;
         const int64_t end = tiles * (thread + 1) / threads;
         for (int64_t i = std::upper_bound(first.begin(), first.end(), tile) - first.begin() - 1; tile < end; i++) {
-            const Row& row = call.rows[i];
+            const Row& row = rows[i];
             const Weight weight{reinterpret_cast<const char*>(row.w),
-                                reinterpret_cast<char*>(call.base + call.unit * call.out[i]),
+                                reinterpret_cast<char*>(result(i)),
                                 row.outer, row.inner, int(call.n),
                                 call.scales ? *reinterpret_cast<const float*>(call.scales[i]) : float(call.scale)};
             const int64_t nb = std::min<int64_t>(row.inner, groups), na = groups / nb;

@@ -252,7 +252,9 @@ class WeightState:
             value = torch.where(self.dense, w.detach(), value)
         if value.stride() != w.stride():  # the same product in other strides may round otherwise
             value = torch.empty_like(w).copy_(value)
-        return (value if dtype is None else value.to(dtype)).data  # with a version counter that starts at 0
+        if dtype is not None and dtype is not value.dtype:
+            value = value.to(dtype)
+        return value.data  # with a version counter that starts at 0
 
 
 def _owner(method: type[Method], name: str) -> type:

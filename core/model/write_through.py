@@ -1,6 +1,7 @@
 """What a sparse layer hands out as its weight: the masked value, tied to the shadow weight in both directions.
 
-Backward, the gradient passes straight through to all of the shadow weight (Bengio et al., arXiv 1308.3432).
+Backward, the gradient passes straight through to all of the shadow weight (Bengio et al., arXiv 1308.3432): in
+autograd's graph the value stands where the shadow weight stands.
 Forward, what is written to it is written to the shadow weight: in-place methods, ``data``, ``grad``,
 ``requires_grad`` and hooks, so initialisers, adapters and freezing reach it. Operations on it give plain tensors.
 
@@ -15,33 +16,29 @@ through the ``detach()`` of what was read outside a pass and is held by nobody.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import WeightState
 
 _set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
-_as_subclass: Any = Tensor.as_subclass
 _make_subclass: Any = Tensor._make_subclass
-# Autograd makes a new node of a view, in a slow way, whenever something is written to what it is a view of; and the two
-# count their versions together.
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-_without_views: Any = torch._C._ExcludeDispatchKeyGuard
-_FIRST = 2**64 - 1
-"""The sequence number of nodes that run as soon as they can in a backward pass, as those that accumulate gradients."""
 
 
 class WriteThrough(Tensor):
     """A masked weight whose writes go to the shadow weight."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    __slots__ = ("origin",)
 
     origin: tuple[Tensor, WeightState]
     """The shadow weight and its state."""
+    node: object
+    """What keeps the shadow weight's place in the graph alive, where gradients are recorded."""
     shows_shadow = False
 
     @property
@@ -105,6 +102,11 @@ class WriteThrough(Tensor):
         """The gradient is kept anyway: `grad` is that of the shadow weight."""
 
     @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """False, as of every value that is computed of a parameter."""
+        return False
+
+    @property
     def retains_grad(self) -> bool:  # type: ignore[override]
         """Only optimizers ask: they would step this value, and not the weight."""
         raise SparsityError(
@@ -158,26 +160,38 @@ def hand_out(
 ) -> WriteThrough:
     """``values[place]``, the masked value of the shadow weight in `origin`, as what a layer's ``weight`` is.
 
-    Where gradients are recorded, an alias of the shadow weight gets the value's data: the cheapest node there is, a few
-    microseconds with its backward, in C++. It takes the value's place, for reads to come, those of later passes too
-    where the list is filled again. What is `watched` notes when it dies that something was written to it.
+    Where gradients are recorded, it stands in the graph where the shadow weight does (see `_in_place_of`), and takes
+    the value's place, for reads to come, those of later passes too where the list is filled again. What is `watched`
+    notes when it dies that something was written to it.
     """
-    out: WriteThrough
-    (w, state), value = origin, values[place]
-    recorded = torch.is_grad_enabled() and w.requires_grad
+    (w, _), value = origin, values[place]
+    recorded = torch.is_grad_enabled() and w.requires_grad and not torch.is_inference_mode_enabled()
     if recorded and type(value) is WriteThrough:
         return value
-    counts = not value.is_inference()  # its versions
-    kind = _Watched if watched and counts else WriteThrough
-    if not recorded:
-        out = _make_subclass(kind, value)
+    kind = _Watched if watched and not value.is_inference() else WriteThrough
+    out: WriteThrough
+    if recorded:
+        out = values[place] = _in_place_of(w, value, kind)
     else:
-        with _without_views(_VIEWS):
-            out = _as_subclass(w, kind)
-        out.grad_fn._set_sequence_nr(_FIRST)  # type: ignore[union-attr]
-        _set_data(out, value)
-        if counts and value._version:
-            state.lost = True
-        values[place] = out
+        out = _make_subclass(kind, value)
     out.origin = origin
     return out
+
+
+def _in_place_of(w: Tensor, value: Tensor, kind: type[WriteThrough]) -> WriteThrough:
+    """`value` where `w` stands in the graph: its gradient is that of `w`, with no node in between.
+
+    Of a tensor that it saved, autograd makes another with the same place in the graph and the data that a hook gives.
+    """
+    data = [value]
+    with saved_tensors_hooks(lambda _: None, lambda _: data.pop()):
+        node: Any = torch.take(w, _no_indices(w.device)).grad_fn  # saves `w`, computes nothing
+    out: WriteThrough = node._saved_self
+    out.__class__ = kind
+    out.node = node
+    return out
+
+
+@cache
+def _no_indices(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)

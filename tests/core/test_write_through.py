@@ -223,6 +223,79 @@ def test_an_optimizer_of_values_is_refused_with_the_way_out() -> None:
     torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}])
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["in a pass", "outside"])
+def test_the_value_stands_in_the_graph_where_the_weight_does(inside: bool) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
+    sparsify(model, "2:4")
+    w, taken = model[0].get_parameter("weight"), []
+    if inside:
+        model[1].register_forward_pre_hook(lambda *_: taken.append(model[0].weight))
+        model(x).sum().backward()
+        w.grad = None
+    else:
+        taken.append(model[0].weight)
+    (value,) = taken
+    model(x).sum().backward()  # frees the graph of a pass, and with it what it held
+    w.grad = None
+    assert not value.is_leaf
+    product = nn.functional.linear(x, value)
+    node = product.grad_fn
+    while not hasattr(node, "variable"):
+        (node,) = [node for node, _ in node.next_functions if node is not None]  # no other but views
+        assert node.name() in ("TBackward0", "torch::autograd::AccumulateGrad")
+    assert node.variable is w
+    for wanted in (value, w):
+        (grad,) = torch.autograd.grad(product.sum(), wanted, retain_graph=True)
+        assert torch.equal(grad, x.sum(0).expand(8, 8))
+    product.sum().backward(inputs=[value])
+    assert torch.equal(w.grad, grad)
+
+
+def test_the_gradient_of_a_weight_that_was_computed_goes_on_to_what_it_was_computed_of() -> None:
+    model, x = nn.Linear(8, 8), torch.randn(2, 8)
+    sparsify(model, "2:4")
+    factor = torch.tensor(3.0, requires_grad=True)
+    w = model.get_parameter("weight").detach()
+    torch.func.functional_call(model, {"weight": w * factor}, (x,)).sum().backward()
+    assert torch.allclose(factor.grad, (x.sum(0) * w).sum())
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a pass", "outside"])
+def test_hooks_on_saved_tensors_see_those_of_the_dense_model(inside: bool) -> None:
+    """As those of a checkpoint count them, and those that offload keep them."""
+    dense, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(2, 8)
+    model, seen, grads = copy.deepcopy(dense), [], []
+    sparsify(model, "2:4")
+    for w in (dense[0].weight, dense[2].weight):
+        w.data.copy_(keep_largest(w.detach(), "2:4"))
+    for net in (dense, model):
+        shapes: list[torch.Size] = []
+        seen.append(shapes)
+
+        def pack(t: torch.Tensor, shapes: list[torch.Size] = shapes) -> torch.Tensor:
+            shapes.append(t.shape)
+            return t.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, torch.Tensor.clone):
+            y = net(x) if inside else net[2](net[1](net[0](x)))
+        y.square().sum().backward()
+        grads.append([p.grad for p in net.parameters()])
+    assert seen[0] == seen[1]
+    assert all(map(torch.equal, *grads))
+
+
+def test_gradients_that_are_enabled_in_inference_mode_are_not_recorded() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
+    sparsify(model, "2:4")
+    expected = model(x)
+    for _ in range(2):  # before and after a pass that records
+        with torch.inference_mode(), torch.enable_grad():
+            assert torch.equal(model(x), expected)
+            assert torch.equal(model[1](model[0](x)), expected)
+        model(x).sum().backward()
+        model[1](model[0](x)).sum().backward()
+
+
 def test_second_derivatives_pass_through() -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)).double()

@@ -95,9 +95,9 @@ def _check(w: Tensor, pattern: str | NMPattern, dims: Dims) -> tuple[int, int, D
     if w.layout != torch.strided:
         raise SparsityError(f"an N:M mask needs a dense tensor, found one of layout {w.layout}")
     shape, rank = w.shape, w.dim()
-    whole = isinstance(dims, tuple | list) and {type(d) for d in dims} == {int}
-    places = tuple([d % rank for d in dims]) if whole and -rank <= min(dims) <= max(dims) < rank else ()
-    if not places or len(set(places)) < len(places):
+    given = dims if isinstance(dims, (tuple, list)) else ()
+    places = tuple([d % rank for d in given if type(d) is int and -rank <= d < rank])
+    if not places or len(set(places)) < len(given):
         raise SparsityError(f"dims are different dimensions, as (1,), of a weight of {tuple(shape)}; found {dims!r}")
     size = reduction_size(shape, places)
     if size % pattern.m:

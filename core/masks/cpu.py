@@ -19,9 +19,8 @@ from nm_sparsity.core.masks.memory import TYPES, Lines
 
 RESULTS = {"keep": 0, "mask": 1, "add": 2, "apply": 3, "soft": 4}
 _NUMBER = {dtype: number for number, dtype in enumerate(TYPES)}
-_CALL = struct.Struct("6q d P q P q q P P q")
+_CALL = struct.Struct("6q d P q P q q P P q 4q")
 """`Call` in keep_largest.cpp: ctypes takes one argument much faster than many."""
-_ROW = struct.Struct("4q")
 
 
 @cache
@@ -97,7 +96,7 @@ def select(result: str, w: Tensor, out: Tensor, lines: Lines, n: int, m: int, sc
     _run(
         *(RESULTS[result], _NUMBER[w.dtype], _NUMBER.get(out.dtype, 0), m, n),
         *(0.0, _address(scales), 1, 0, out.data_ptr(), 0, 0, 0),
-        row=_ROW.pack(w.data_ptr(), *lines, 0),
+        row=(w.data_ptr(), *lines, 0),
     )
 
 
@@ -115,9 +114,9 @@ def _table(tensors: Iterable[Tensor], lines: Iterable[Lines], places: Iterable[i
     return array("q", chain.from_iterable(rows))
 
 
-def _run(*call: float, row: bytes = b"") -> None:
+def _run(*call: float, row: Sequence[int] = (0, 0, 0, 0)) -> None:
     kernel = library()
-    if kernel is None or kernel.nm_run(_CALL.pack(_CALL.size, *call, torch.get_num_threads()) + row):
+    if kernel is None or kernel.nm_run(_CALL.pack(_CALL.size, *call, torch.get_num_threads(), *row)):
         raise RuntimeError(f"the compiled CPU kernel does not know {call}: it is of another version, install again")
 
 

@@ -378,11 +378,12 @@ struct Call {
     double scale;
     const int64_t* scales;  // where that of each weight lies; without them, `scale` is that of all
     int64_t count;
-    const Row* rows;  // null where the call has one weight, whose row lies right behind the call
+    const Row* rows;  // or null where there is one weight, whose row is `only`
     int64_t base, unit;
     const int64_t* out;  // the result of weight i lies at base + unit * out[i], left out where that is null; or at base
     int64_t* changes;  // how many entries of a mask changed is added at its weight's place
     int64_t threads;
+    Row only;
 };
 
 }  // namespace
@@ -394,7 +395,7 @@ extern "C" int nm_run(const Call& call) {
     const Kernel kernel = found.first;  // no structured binding: clang takes none into a parallel region
     const int groups = found.second;
     if (!kernel) return 1;
-    const Row* rows = call.rows ? call.rows : reinterpret_cast<const Row*>(&call + 1);
+    const Row* rows = call.rows ? call.rows : &call.only;
     const auto result = [&call](int64_t i) { return call.out ? call.base + call.unit * call.out[i] : call.base; };
     std::vector<int64_t> first(call.count + 1);  // the tiles before each weight's
     for (int64_t i = 0; i < call.count; i++) {

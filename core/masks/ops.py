@@ -33,7 +33,7 @@ def keep_largest(w: Tensor, n: int, m: int, axis: int, dtype: torch.dtype | None
     Gradients pass straight through, to dropped entries too (Bengio et al., arXiv 1308.3432), in `w`'s dtype.
     """
     if is_plain(w):
-        return straight_through(w, _keep_largest(w.detach(), n, m, axis, dtype))
+        return straight_through(w, _keep_largest(w.detach() if w.requires_grad else w, n, m, axis, dtype))
     watched = _transforms_active() or forward_ad._current_level >= 0
     masked: Any = _Transformable.apply if watched else torch.ops.nm_sparsity.keep_largest
     result: Tensor = masked(w, n, m, axis, dtype)

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import WeightState
 
 _set_data: Callable[[Tensor, Tensor], None] = Tensor.data.__set__  # type: ignore[attr-defined]
 _make_subclass: Any = Tensor._make_subclass
+_ignore_hooks: Any = torch._C._autograd._saved_tensors_hooks_set_tracing
 
 
 class WriteThrough(Tensor):
@@ -183,9 +183,13 @@ def _in_place_of(w: Tensor, value: Tensor, kind: type[WriteThrough]) -> WriteThr
 
     Of a tensor that it saved, autograd makes another with the same place in the graph and the data that a hook gives.
     """
-    data = [value]
-    with saved_tensors_hooks(lambda _: None, lambda _: data.pop()):
+    others = _ignore_hooks(True)  # as those of a checkpoint, which count what is saved
+    try:
         node: Any = torch.take(w, _no_indices(w.device)).grad_fn  # saves `w`, computes nothing
+    finally:
+        _ignore_hooks(others)
+    data = [value]
+    node._raw_saved_self.register_hooks(lambda _: None, lambda _: data.pop())
     out: WriteThrough = node._saved_self
     out.__class__ = kind
     out.node = node

@@ -284,6 +284,14 @@ def test_hooks_on_saved_tensors_see_those_of_the_dense_model(inside: bool) -> No
     assert all(map(torch.equal, *grads))
 
 
+def test_a_model_trains_where_hooks_on_saved_tensors_are_disabled() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify(model, "2:4")
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        model(torch.randn(2, 8)).sum().backward()
+    assert model[0].get_parameter("weight").grad is not None
+
+
 def test_gradients_that_are_enabled_in_inference_mode_are_not_recorded() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(2, 8)
     sparsify(model, "2:4")

@@ -325,11 +325,11 @@ def _named(args: argparse.Namespace) -> tuple[nn.Module, Tensor, Sequence[str]]:
     inputs = args.input and models.random_inputs(user_model.parse_shape(args.input), args.vocabulary, "meta")
     with torch.device("meta"):
         model, setup = models.build_named(args.model, args.args)
-    if inputs is None and setup is None:
-        raise SparsityError(f"{args.model} needs the shape of an input, e.g. --input 32,3,224,224")
-    if setup is None:
-        return model, inputs, args.exclude or ()
-    return model, setup.inputs(args.batch, "meta") if inputs is None else inputs, args.exclude or setup.exclude
+    if inputs is None:
+        if setup is None:
+            raise SparsityError(f"{args.model} needs the shape of an input, e.g. --input 32,3,224,224")
+        inputs = setup.inputs(args.batch, "meta")
+    return model, inputs, args.exclude or (() if setup is None else setup.exclude)
 
 
 if __name__ == "__main__":

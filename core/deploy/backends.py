@@ -96,7 +96,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        raise SparsityError("a compressed 2:4 layer is for inference and has no gradient: train the model before")
+        return cusparselt.no_gradient()
 
 
 class CuSparseLt(Backend):

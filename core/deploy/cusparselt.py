@@ -455,6 +455,7 @@ _library.define(
     "linear_2to4(Tensor x, Tensor packed, Tensor? bias, Tensor? scale, int out_features, float alpha=1.0, "
     'str activation="", ScalarType? out_dtype=None, int[] algorithms=[]) -> Tensor'
 )
+_library.define("no_gradient(Tensor grad, SymInt[] size) -> Tensor")
 _library.impl("linear_2to4", linear, "CompositeExplicitAutograd")
 
 
@@ -471,3 +472,32 @@ def _fake_linear(
     algorithms: Sequence[int] = (),
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype or _default_output(x.dtype))
+
+
+def no_gradient(*_: object) -> Any:
+    """What backward comes to: an error, and no silent zero.
+
+    Raises:
+        SparsityError: always.
+    """
+    raise SparsityError("a compressed 2:4 layer is for inference and has no gradient: train the model before")
+
+
+_library.impl("no_gradient", no_gradient, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("nm_sparsity::no_gradient", lib=_library)
+def _fake_no_gradient(grad: Tensor, size: Sequence[int]) -> Tensor:
+    return grad.new_empty(size)
+
+
+def _note_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.sizes = [t.shape if isinstance(t, Tensor) else None for t in inputs]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    # An op, so that a compiled backward holds it, and compiling inference does not fail.
+    return tuple(None if size is None else torch.ops.nm_sparsity.no_gradient(grad, size) for size in ctx.sizes)
+
+
+torch.library.register_autograd("nm_sparsity::linear_2to4", _backward, setup_context=_note_sizes, lib=_library)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from nm_sparsity.core.deploy.acceleration import Acceleration
 from nm_sparsity.core.deploy.backends import Backend, choose_backend
@@ -121,7 +121,13 @@ def accelerate(
     chosen = choose_backend(backend, device)
     notes: list[str] = []
     with evaluating(model):
-        expected = [tensors(run(model, example, device)) for example in examples]
+        outputs = [run(model, example, device) for example in examples]
+        if (unknown := _opaque(tree_leaves(outputs))) is not None:
+            raise SparsityError(
+                f"the model gives a {type(unknown).__name__}, in which outputs cannot be compared: give tensors in "
+                "tuples, lists or dicts, or make the class known by torch.export.register_dataclass"
+            )
+        expected = [tensors(output) for output in outputs]
         sparse = _twin(model)
         launch = "graph" if device.type == "cuda" else "eager"
         layers = to_semi_structured(sparse, examples[0], launch=launch, backend=chosen, cache=cache, clock=clock)
@@ -223,13 +229,18 @@ def _signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     None where something else is given, which may hold tensors that the graph would never see again.
     """
     leaves, structure = tree_flatten((args, kwargs))
-    if any(not isinstance(leaf, Tensor) and type(leaf) not in _PLAIN for leaf in leaves):
+    if _opaque(leaves) is not None:
         return None
     kinds = tuple(
         (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
         for leaf in leaves
     )
     return str(structure), kinds
+
+
+def _opaque(leaves: list[Any]) -> Any:
+    """The first of `leaves` that may hold tensors nobody finds; None if there is none."""
+    return next((leaf for leaf in leaves if not isinstance(leaf, Tensor) and type(leaf) not in _PLAIN), None)
 
 
 class _Captured:

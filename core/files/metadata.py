@@ -109,6 +109,9 @@ class Metadata:
         for name, shadow in self.shadows.items():
             if name not in self.layers or shadow.shape != state[name].shape or why_not_counted(shadow):
                 raise CheckpointError(f"{where} holds dense weights of {name} that do not fit its sparse ones")
+        known = {*self.dropped, *self.shadows}  # none in what was finalized
+        if known and (missing := sorted(self.layers.keys() - known)):
+            raise CheckpointError(f"{where} lacks the dropped values of {missing[0]}, and has those of others")
         for alias, name in self.tied.items():
             if name not in state:
                 raise CheckpointError(f"{where} ties {alias} to {name}, which it does not hold")

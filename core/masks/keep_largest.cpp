@@ -97,6 +97,11 @@ template <class From> constexpr int tile_groups(int m) {
 
 constexpr int LANES = 8;  // groups side by side in a vector; the 9 of a 3 x 3 kernel take two
 constexpr int STRETCH = 512;  // bytes of weights whose result is written at once; the fastest of several
+constexpr int AHEAD = 2048;  // bytes further on, memory is fetched meanwhile: a core that computes reads ahead too little
+
+template <bool TO_WRITE> INLINE void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, TO_WRITE);
+}
 
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
 constexpr int VECTOR = 32;
@@ -298,10 +303,16 @@ INLINE int tile(const Weight& weight, int64_t a0, int na, int64_t b0, int nb) {
     } else {
         alignas(64) typename From::Key kept[M * tile_groups<From>(M)];
         // Where no tile is needed, so little at a time that the loads of what comes next overlap the stores.
-        const int step = contiguous || side_by_side ? std::max(1, STRETCH / int(sizeof(Bits)) / (M * nb)) : na;
+        const bool tiled = !contiguous && !side_by_side;
+        const int step = tiled ? na : std::max(1, STRETCH / int(sizeof(Bits)) / (M * nb));
+        constexpr int ahead = AHEAD / sizeof(Bits);
         for (int a = 0; a < na; a += step) {
             const int some = std::min(step, na - a);
             const int64_t at = a * M * inner;
+            if (!tiled && nb == inner) {
+                fetch<false>(w + at + ahead, some * M * nb * sizeof(Bits));
+                fetch<true>(out(at + ahead), some * M * nb * UNIT);
+            }
             keep(w + at, kept, some, weight.n);
             if (nb < inner) {  // each line is a stretch of memory, and there is one group along a
                 for (int j = 0; j < M; j++)

@@ -26,9 +26,9 @@ def lines_in_memory(w: Tensor, m: int, dims: Dims) -> Lines | None:
     """The lines of `w` with groups of `m` along the reduction dimensions `dims`.
 
     None where the compiled kernels do not apply: another dtype or M, gaps in memory (a slice, an expanded view),
-    reduction dimensions that do not follow each other in memory.
+    values that lie there with the other sign, reduction dimensions that do not follow each other in memory.
     """
-    if w.dtype not in TYPES or m not in GROUP_SIZES or not is_dense(w):
+    if w.dtype not in TYPES or m not in GROUP_SIZES or w.is_neg() or not is_dense(w):
         return None
     if not w.numel():
         return 0, 1
@@ -60,7 +60,7 @@ def is_dense(t: Tensor) -> bool:
 
 def lie_alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors have the same indices, each at the same offset; the strides of size-1 axes are free."""
-    if a.shape != b.shape or a.device != b.device:
+    if a.shape != b.shape or a.device != b.device or a.is_neg() or b.is_neg():
         return False
     return a.stride() == b.stride() or all(
         p == q or size == 1 for p, q, size in zip(a.stride(), b.stride(), a.shape, strict=True)

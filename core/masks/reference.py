@@ -19,7 +19,7 @@ def magnitude_key(w: Tensor) -> Tensor:
     """Integers that order like |w|, with every NaN one above infinity. Same shape as `w`."""
     integer = _INTEGER[w.element_size()]
     infinity = torch.full((), torch.inf, dtype=w.dtype, device=w.device).view(integer)
-    return (w.detach().view(integer) & torch.iinfo(integer).max).clamp_(max=infinity + 1)
+    return (w.detach().resolve_neg().view(integer) & torch.iinfo(integer).max).clamp_(max=infinity + 1)
 
 
 def nm_mask(w: Tensor, n: int, m: int, axis: int) -> Tensor:

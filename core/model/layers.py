@@ -216,7 +216,9 @@ def _property(name: str) -> property:
             return w
         try:
             weight = bank.ready(w, state)
-            return _effective(layer, name, w, state) if weight is None else weight
+            if weight is None or sys._getframe(1).f_code is _GET_PARAMETER:
+                return _effective(layer, name, w, state)
+            return weight
         except AttributeError as error:
             # nn.Module would answer an AttributeError with the dense weight from _parameters, in silence.
             raise RuntimeError(f"the sparse weight {name} of {type(layer).__name__} failed: {error}") from error
@@ -242,6 +244,9 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
     if not is_plain(w):
         return _seen(layer, name, w, state)
+    reader = sys._getframe(2).f_code
+    if reader is _GET_PARAMETER:
+        return w
     dtype = bank.computed_dtype(w)
     if state.lost:
         state.lost = False
@@ -259,9 +264,6 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
     weight = bank.value_in_pass(layer, name, w, state, dtype)
     if weight is not None:
         return weight
-    reader = sys._getframe(2).f_code
-    if reader is _GET_PARAMETER:
-        return w
     if id(reader) in _WRAPPERS:
         raise _not_replaced(layer, name)
     on_stream(w.device)

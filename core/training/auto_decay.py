@@ -77,6 +77,9 @@ def choose_decay(train: Callable[[SparsityConfig], object], sparsity: SparsityCo
     Raises:
         SparsityError: if the method has no lambda, the training takes fewer steps, or no mask of it changes.
     """
+    if not callable(train) or not isinstance(sparsity, SparsityConfig):
+        found = ", ".join(type(argument).__name__ for argument in (train, sparsity))
+        raise SparsityError(f"choose_decay takes a function that trains and a SparsityConfig, found {found}")
     if not hasattr(sparsity.make_method(), "decay"):
         raise SparsityError(f'method "{sparsity.method}" has no lambda to choose')
     plain = replace(sparsity, decay=None, hyperparameters={})

@@ -91,6 +91,11 @@ def test_a_method_without_lambda() -> None:
         choose_decay(Training(steps=20), SparsityConfig(method="ste"), steps=20)
 
 
+def test_arguments_in_the_other_order() -> None:
+    with pytest.raises(SparsityError, match="a function that trains and a SparsityConfig, found SparsityConfig, Trai"):
+        choose_decay(SPARSITY, Training(steps=20))  # type: ignore[arg-type]
+
+
 def test_a_probe_chooses_what_the_criterion_says() -> None:
     training = Training(steps=60)
     choice = choose_decay(training, SparsityConfig("2:4", hyperparameters={"dense_until": 0.5}), steps=60)

@@ -448,6 +448,7 @@ DAMAGE: dict[str, Any] = {
     "a layer without a pattern": lambda m: {**m, "layers": {"0.weight": None}},
     "dropped as text": lambda m: {**m, "dropped": "much"},
     "too few dropped": lambda m: {**m, "dropped": {"0.weight": torch.zeros(1)}},
+    "dropped of the first alone": lambda m: {**m, "dropped": {"0.weight": m["dropped"]["0.weight"]}},
     "dropped of no weight": lambda m: {**m, "dropped": {"9.weight": torch.zeros(1)}},
     "tied to nothing": lambda m: {**m, "tied": {"0.weight": "9.weight"}},
     "state of no weight": lambda m: {**m, "state": {"9.weight": {"lr_sum": 0.0, "preconditioned": False, "state": {}}}},

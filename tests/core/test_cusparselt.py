@@ -283,3 +283,22 @@ def test_a_gradient_is_an_error_and_no_silent_zero(stand_in: Path) -> None:
         y.sum().backward()
     with torch.no_grad():
         assert not backend.linear(x, packed, 64).requires_grad
+
+
+@pytest.mark.parametrize("of", ["input", "bias"])
+def test_a_compiled_gradient_is_an_error_too_and_inference_compiles(stand_in: Path, of: str) -> None:
+    x, w = operands(torch.float16)
+    packed, backend = compress(w), BACKENDS["cusparselt"]
+    bias = torch.zeros(64, dtype=torch.float16)
+    (x if of == "input" else bias).requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def product(x: Tensor) -> Tensor:
+        return backend.linear(x, packed, 64, bias) * 2
+
+    y = product(x)
+    close(y.detach(), 2 * x.detach() @ w.T)
+    with pytest.raises(SparsityError, match="for inference and has no gradient"):
+        y.sum().backward()
+    with torch.no_grad():
+        close(product(x), 2 * x @ w.T)

@@ -430,6 +430,18 @@ def test_targets_of_another_shape_are_refused_and_none_is_written(backend: Backe
     assert not any(t.any() for t in [*targets, *marks])
 
 
+def test_values_that_lie_in_memory_with_the_other_sign(backend: Backend) -> None:
+    """As those of conjugates do."""
+    w, target = torch._neg_view(torch.randn(4, 8)), torch._neg_view(torch.randn(4, 8))
+    found = target.clone() + 0.5 * (w.clone() - keep_largest(w.clone(), *placement(2, 4)))
+    for kept in (keep_largest(w, "2:4"), *Batch([w], [placement(2, 4)]).keep_largest()):
+        assert torch.equal(kept, keep_largest(w.clone(), "2:4"))
+    for weight in (w, w.clone()):
+        goal = torch._neg_view(-target.clone())
+        Batch([weight], [placement(2, 4)]).add_dropped_([goal], 0.5)
+        torch.testing.assert_close(goal, found)
+
+
 def test_add_dropped_leaves_the_kept_alone(backend: Backend) -> None:
     target, w = torch.zeros(1, 4), torch.tensor([[torch.inf, -3.0, 2.0, 1.0]])
     Batch([w], [placement(2, 4)]).add_dropped_([target], 0.5)

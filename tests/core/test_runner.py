@@ -181,6 +181,25 @@ def test_bad_input_is_one_line(stand_in: Path) -> None:
         accelerate(training, torch.randn(10, 32), backend=OnHost())
 
 
+class Hidden:
+    """An output that nobody looks into."""
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = y
+
+
+def test_outputs_that_cannot_be_compared_are_refused(stand_in: Path) -> None:
+    class Hiding(Net):
+        def forward(self, x: Tensor) -> Any:
+            return Hidden(super().forward(x)["y"]), x
+
+    model = Hiding()
+    sparsify(model)
+    finalize(model)
+    with pytest.raises(SparsityError, match="the model gives a Hidden, in which outputs cannot be compared"):
+        accelerate(model.bfloat16(), torch.randn(4, 32, dtype=torch.bfloat16), backend=OnHost())
+
+
 def test_only_what_its_text_tells_may_be_in_a_graph() -> None:
     def signature(*args: Any) -> Any:
         return runner._signature(args, {})

@@ -140,6 +140,20 @@ def test_get_parameter_finds_the_parameter() -> None:
     assert model[0].get_parameter("weight") is model[0]._parameters["weight"]
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_get_parameter_finds_the_parameter_inside_a_forward(grad: bool) -> None:
+    model, found = Reading(), []
+    sparsify(model, "2:4")
+    model.inside = lambda layer: found.extend([layer.weight, layer.get_parameter("weight"), layer.weight])
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            model(torch.randn(2, 8))
+    for value, parameter, again in (found[:3], found[3:]):
+        assert any(parameter is p for p in model.parameters())
+        assert torch.equal(value, again)
+        assert not torch.equal(value, parameter)
+
+
 LOST: dict[str, Callable[[Any], object]] = {
     "orthogonal_": lambda layer: nn.init.orthogonal_(layer.weight),
     "eye_ (out=)": lambda layer: nn.init.eye_(layer.weight),

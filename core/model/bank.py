@@ -45,7 +45,7 @@ _generation = object()
 
 
 def structure_changed() -> None:
-    """To be called whenever a layer becomes sparse, is copied, or becomes dense again."""
+    """To be called whenever a layer becomes sparse, is copied, becomes dense again, or is no more."""
     global _generation
     _generation = object()
 
@@ -53,16 +53,24 @@ def structure_changed() -> None:
 class Member(NamedTuple):
     """A sparse weight: ``module._parameters[name]``."""
 
-    module: nn.Module
+    owner: ref[nn.Module]
+    """Weak: a module that is taken out of its model lives no longer for having been in it."""
     name: str
     state: WeightState
 
     @property
+    def parameters(self) -> dict[str, nn.Parameter | None]:
+        """The module's; none where it is no more."""
+        module = self.owner()
+        return {} if module is None else module._parameters
+
+    @property
     def shadow(self) -> Tensor | None:
         """The shadow weight; None where the module is sparse no more, or FSDP2 has not gathered the weight."""
-        if self.module.__dict__.get("nm_weights", {}).get(self.name) is not self.state:
+        module = self.owner()
+        if module is None or module.__dict__.get("nm_weights", {}).get(self.name) is not self.state:
             return None
-        w = self.module._parameters.get(self.name)
+        w = module._parameters.get(self.name)
         return None if isinstance(w, DTensor) else w
 
 
@@ -140,7 +148,7 @@ class Scope:
 
     def __init__(self, members: Iterable[Member]) -> None:
         self.members = tuple(members)
-        self._keys: set[tuple[int, str]] = set()
+        self._known: dict[tuple[int, str], WeightState] = {}
         self._kind: Kind | None = None
         self._holding = Holding(None, [])
         self._batch = Batch([], [])
@@ -155,32 +163,35 @@ class Scope:
         """and the gradient of one of them at the last."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members}  # a copy has modules of its own
+        # A copy has modules of its own.
+        return {"members": [(module, *rest) for owner, *rest in self.members if (module := owner()) is not None]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Scope.__init__(self, state["members"])
+        Scope.__init__(self, [Member(ref(module), *rest) for module, *rest in state["members"]])
 
-    def has(self, module: object, name: str) -> bool:
-        """Whether a weight is one of the members."""
-        if not self._keys:
-            self._keys = {(id(member.module), member.name) for member in self.members}
-        return (id(module), name) in self._keys
+    def has(self, module: object, name: str, state: WeightState) -> bool:
+        """Whether a weight is one of the members, and sparse as it was."""
+        if not self._known:
+            self._known = {(id(member.owner()), member.name): member.state for member in self.members}
+        return self._known.get((id(module), name)) is state
 
     def covers(self, other: Scope) -> bool:
         """Whether it has the weights of another one."""
-        return self.has(other.members[0].module, other.members[0].name)
+        first = other.members[0]
+        return self.has(first.owner(), first.name, first.state)
 
     def holding(self) -> Holding:
         """What the members' modules hold now."""
-        return Holding(_generation, ((member.module._parameters, member.name) for member in self.members))
+        return Holding(_generation, ((member.parameters, member.name) for member in self.members))
 
     def together(self, like: Origin, without: Container[int]) -> list[Origin]:
         """The shadow weights whose values one launch makes with that of `like`, but those with an id in `without`."""
-        found, kind = {}, _kind(*like)
+        found: dict[int, Origin] = {}
+        kind = _kind(*like)
         for member in self.members:
             w = member.shadow
             if w is not None and id(w) not in without and member.state.batched and _kind(w, member.state) == kind:
-                found[id(w)] = w, member.state
+                found.setdefault(id(w), (w, member.state))  # of weights that were tied since, the first one's
         return list(found.values())
 
     def launch(self, like: Origin, without: Container[int], dtype: torch.dtype) -> Launch:
@@ -218,14 +229,14 @@ class _Pass:
         """Whether FSDP2 has weights that are not gathered when the first call inside begins."""
         return DTensor in set(map(type, self.scope.holding().weights))
 
-    def make(self, module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Launch | None:
+    def make(self, module: Any, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> Launch | None:
         """The value of the shadow weight `w`, if it is one of the scope's, that was not made yet or is stale.
 
         The first one makes all others with it. What was written to, is read on another stream, or is the first that is
         read in a second dtype (the head of a model that closes autocast for it), is made alone; the next in that dtype
         makes all that lack it.
         """
-        if w.is_inference() or not self.scope.has(module, name):
+        if w.is_inference() or not self.scope.has(module, name, state) or module._parameters.get(name) is not w:
             return None
         others = [values for key, values in self.kept.items() if key != dtype]
         kept = self.kept.setdefault(dtype, {})
@@ -268,7 +279,7 @@ def ready(w: Tensor, state: WeightState) -> WriteThrough | None:
     return value if type(value) is WriteThrough and w.requires_grad else None
 
 
-def value_in_pass(module: object, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
+def value_in_pass(module: Any, name: str, w: Tensor, state: WeightState, dtype: torch.dtype) -> WriteThrough | None:
     """What a layer hands out for the shadow weight `w` in `dtype`, if a pass of this thread covers it."""
     key = id(w)
     for running in reversed(_thread.passes):
@@ -322,7 +333,7 @@ def attach(model: nn.Module) -> None:
     blocks = [item for group in model.modules() if isinstance(group, lists) for item in group.children()]
     for module in dict.fromkeys([model, *blocks]):
         members = [
-            Member(owner, name, state)
+            Member(ref(owner), name, state)
             for owner in module.modules()
             for name, state in owner.__dict__.get("nm_weights", {}).items()
         ]

@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from nm_sparsity.core.masks.groups import reduction_size
+from nm_sparsity.core.model.wrappers import name_in_state
 from nm_sparsity.core.pattern import Layout, NMPattern
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -89,7 +90,7 @@ def candidates(model: nn.Module, trust: Collection[str] = ()) -> Iterator[Candid
             if not lazy and param.dim() < 2:
                 continue
             candidate = found.setdefault(id(param), Candidate(param, []))
-            candidate.owners.append((module_name, module, param_name))
+            candidate.owners.append((name_in_state(module_name), module, param_name))
             if lazy:
                 candidate.why_not = "not initialised yet: run a forward pass first"
             elif reason := why_not_tensor(param):

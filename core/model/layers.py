@@ -28,7 +28,7 @@ from nm_sparsity.core.masks.ops import is_plain, straight_through
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import bank
 from nm_sparsity.core.model.candidates import why_not_tensor
-from nm_sparsity.core.model.wrappers import unwrap
+from nm_sparsity.core.model.wrappers import name_in_state, unwrap
 from nm_sparsity.core.model.write_through import WriteThrough, hand_out
 
 _live: dict[int, ref[SparseLayer]] = {}
@@ -48,7 +48,12 @@ def live_layers() -> list[SparseLayer]:
 
 def _register(layer: SparseLayer) -> None:
     key = id(layer)
-    _live[key] = ref(layer, lambda _: _live.pop(key, None))
+
+    def gone(_: object) -> None:
+        _live.pop(key, None)
+        bank.structure_changed()
+
+    _live[key] = ref(layer, gone)
     bank.structure_changed()
 
 
@@ -60,8 +65,8 @@ class SparseLayer:
     """What makes each weight sparse, by parameter name."""
     _nm_raw = False
     """While set, the weight properties return the shadow weights."""
-    _nm_frozen: dict[tuple[str, torch.dtype], tuple[Tensor, Tensor]] | None = None
-    """Inside `frozen`: the shadow weights and the masked weights computed of them so far."""
+    _nm_frozen: dict[tuple[str, torch.dtype, int], tuple[Tensor, Tensor]] | None = None
+    """Inside `frozen`: the shadow weights and the masked weights computed of them so far, by stream."""
     _nm_blocks = 0
     """How many `frozen` blocks the layer is in."""
     _parameters: dict[str, nn.Parameter | None]
@@ -155,7 +160,7 @@ def sparse_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Weight
             param = layer._parameters.get(param_name)
             if param is not None and id(param) not in seen:
                 seen.add(id(param))
-                yield (f"{name}.{param_name}" if name else param_name), param, sparse
+                yield name_in_state(f"{name}.{param_name}" if name else param_name), param, sparse
 
 
 @contextmanager
@@ -242,11 +247,10 @@ def _not_replaced(layer: SparseLayer, name: str) -> SparsityError:
 
 def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> Any:
     """What `layer` computes with: inside a pass the value made there, otherwise one made now."""
+    if not torch.compiler.is_dynamo_compiling() and sys._getframe(2).f_code is _GET_PARAMETER:
+        return w
     if not is_plain(w):
         return _seen(layer, name, w, state)
-    reader = sys._getframe(2).f_code
-    if reader is _GET_PARAMETER:
-        return w
     dtype = bank.computed_dtype(w)
     if state.lost:
         state.lost = False
@@ -255,16 +259,20 @@ def _effective(layer: SparseLayer, name: str, w: Tensor, state: WeightState) -> 
             "function of it, and did not reach the weight: write to model.get_parameter(...) instead"
         )
     frozen_values = layer._nm_frozen
-    if frozen_values is not None and not torch.is_grad_enabled():
-        of, value = frozen_values.get((name, dtype), (None, w))
+    if (
+        frozen_values is not None
+        and not torch.is_grad_enabled()
+        and (where := on_stream(w.device)) is not None  # a graph that is captured makes its own
+    ):
+        of, value = frozen_values.get((name, dtype, where), (None, w))
         if of is not w:  # which `functional_call` replaces
             value = state.value(w, dtype)
-            frozen_values[name, dtype] = w, value
+            frozen_values[name, dtype, where] = w, value
         return hand_out([value], 0, (w, state))
     weight = bank.value_in_pass(layer, name, w, state, dtype)
     if weight is not None:
         return weight
-    if id(reader) in _WRAPPERS:
+    if id(sys._getframe(2).f_code) in _WRAPPERS:
         raise _not_replaced(layer, name)
     on_stream(w.device)
     return hand_out([state.value(w, dtype)], 0, (w, state), watched=True)

@@ -11,6 +11,7 @@ from torch import nn
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model.layers import sparse_layers, sparse_weights
+from nm_sparsity.core.model.wrappers import name_in_state
 from nm_sparsity.core.pattern import Placement, Table
 
 
@@ -53,7 +54,7 @@ def records(model: nn.Module) -> Iterator[tuple[str, Record]]:
     for name, module in model.named_modules():
         record = of(module)
         if record is not None:
-            yield name, record
+            yield name_in_state(name), record
 
 
 def live(model: nn.Module, action: str) -> Record:

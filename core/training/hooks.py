@@ -40,7 +40,8 @@ _PLAN, _HANDLE, _TREATED = "_nm_plan", "_nm_handle", "_nm_treated"
 
 
 class _Weight(NamedTuple):
-    layer: layers.SparseLayer
+    held: dict[str, nn.Parameter | None]
+    """What its layer holds; the layer itself may go."""
     name: str
     param: nn.Parameter
     state: WeightState
@@ -62,6 +63,11 @@ class _Part:
         self.groups = _sharding_groups(self.params[0])
         self.batch = Batch([_local(w.param, w.state) for w in weights], [w.state.placement for w in weights])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.batch.weights[0].device
+
     def is_local(self) -> bool:
         """Whether the batch still has this rank's shards, which ``model.to`` replaces in the same parameters."""
         return not self.sharded or all(
@@ -80,13 +86,13 @@ class _Part:
         if DTensor in set(map(type, grads)):
             grads = [g if g is None else _local(g, state) for g, state in zip(grads, self.states, strict=True)]
         # A fused optimizer divides by the loss scale inside step.
-        scale = getattr(optimizer, "grad_scale", None)
+        scale = _beside(getattr(optimizer, "grad_scale", None), self.device)
         sign = -1.0 if group.get("maximize") else 1.0
         step = Step(self.states, self.batch, grads, sign if scale is None else scale * sign, sharded_over=self.groups)
         lr = group.get("lr")
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
             # Not asked for its value. Whether all gradients are zero too would take a look at all of them.
-            step.scale = step.scale * lr.ne(0)
+            step.scale = step.scale * _beside(lr, self.device).ne(0)
         elif lr is not None and not float(lr):
             step.moves, step.counts = False, _any_nonzero(grads)
             step.scale = step.scale * step.counts
@@ -104,8 +110,9 @@ class _Part:
             treated = [state for state, grad in zip(self.states, step.grads, strict=True) if grad is not None]
         if self.method.scheduled:
             lr = lr * self.method.decay_share(self.states[0])
+        lr, skipped = _beside(lr, self.device), _beside(skipped, self.device)
         taken = None if skipped is None else skipped == 0
-        on_device = self.batch.weights[0].device.type != "cpu"  # where a graph may have captured the step
+        on_device = self.device.type != "cpu"  # where a graph may have captured the step
         if on_device or isinstance(lr, Tensor) or taken is not None or isinstance(self.states[0].lr_sum, Tensor):
             lr = lr if taken is None else lr * taken
             sums = self._sums()
@@ -134,7 +141,7 @@ class _Part:
         return base
 
     def _side_by_side(self) -> list[Tensor]:
-        sums, device = [state.lr_sum for state in self.states], self.batch.weights[0].device
+        sums, device = [state.lr_sum for state in self.states], self.device
         placed = [t for t in sums if isinstance(t, Tensor) and t.device == device]
         order = [(id(base), t.storage_offset(), base.numel()) for t in placed if (base := t._base) is not None]
         if order and order == [(order[0][0], i, len(sums)) for i in range(len(sums))]:
@@ -147,6 +154,13 @@ class _Part:
         return places
 
 
+def _beside(value: Any, device: torch.device) -> Any:
+    """A number that lies on another GPU than `device`, brought there; others as they are."""
+    if isinstance(value, Tensor) and value.device.type == device.type and value.device != device:
+        return value.to(device, non_blocking=True)
+    return value
+
+
 class _Plan:
     """What an optimizer holds, by parameter group and method; made anew when that changes."""
 
@@ -154,7 +168,7 @@ class _Plan:
         generation = bank.generation()
         self.held, self._sizes = list(_parameters(optimizer)), _group_sizes(optimizer)
         groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        found: dict[tuple[int, int, torch.device], list[_Weight]] = {}
+        found: dict[tuple[Any, ...], list[_Weight]] = {}
         seen: set[int] = set()
         for layer in layers.live_layers():
             for name, state in layer.nm_weights.items():
@@ -162,10 +176,10 @@ class _Plan:
                 if param is not None and id(param) in groups and id(param) not in seen:
                     seen.add(id(param))
                     # Not methods that are equal: those of another `sparsify` are at another step of their run.
-                    key = groups[id(param)], id(state.method), param.device
-                    found.setdefault(key, []).append(_Weight(layer, name, param, state))
+                    key = groups[id(param)], id(state.method), param.device, *map(id, _sharding_groups(param))
+                    found.setdefault(key, []).append(_Weight(layer._parameters, name, param, state))
         self.parts = [_Part(group, weights) for (group, *_), weights in found.items()]
-        places = [(w.layer._parameters, w.name) for part in self.parts for w in part.weights]
+        places = [(w.held, w.name) for part in self.parts for w in part.weights]
         self._holding = bank.Holding(generation, places)
         self.ids = frozenset(groups)
         self.complete: WeakSet[bank.Scope] = WeakSet()

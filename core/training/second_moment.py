@@ -65,7 +65,8 @@ def hold(
         moments: gives ``exp_avg_sq`` of each weight, of the gradient's shape; None where there is none yet.
 
     Raises:
-        SparsityError: if the optimizer has no second moment, or has lost that of some weights.
+        SparsityError: if the optimizer has no second moment; on a CPU also if it has lost that of some weights, which a
+            GPU would have to be waited for to tell.
     """
     if method.precondition is None:
         return None

@@ -40,7 +40,7 @@ def look(held: AbstractSet[int], complete: MutableSet[bank.Scope]) -> None:
             complete.add(scope)
             continue
         grads = [w.grad for member, w in left if w.grad is not None and not member.state.stepped]
-        theirs = {id(p) for member, _ in weights for p in member.module._parameters.values()}
+        theirs = {id(p) for member, _ in weights for p in member.parameters.values()}
         if not grads or (not theirs & held and _is(scope.gradient, grads[0])):
             continue
         scope.gradient = TensorWeakRef(grads[0])

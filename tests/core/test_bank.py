@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import threading
 import weakref
 from collections.abc import Callable
@@ -247,6 +248,60 @@ def test_parts_with_patterns_of_their_own_and_parts_made_dense_again(launches: l
     unsparsify(model[2])
     assert not torch.equal(model(x), expected)
     assert type(model[2].up) is nn.Linear
+
+
+@pytest.mark.parametrize("revert", [unsparsify, lambda part: (finalize(part), unsparsify(part))], ids=["un", "final"])
+def test_a_part_that_is_made_sparse_anew(revert: Callable[[nn.Module], object], launches: list[int]) -> None:
+    model, x = blocks(), torch.randn(2, 16)
+    dense = masked_twin(model)
+    model(x)
+    revert(model[1])
+    sparsify(model[1], "1:4")
+    for name, param, state in sparse_weights(model[1]):
+        dense[1].get_parameter(name).data.copy_(keep_largest(param.detach(), state.pattern, state.dims))
+    launches.clear()
+    assert_same(model, dense, x, lambda net, x: net(x))
+    assert launches == [4, 2]
+
+
+def test_layers_that_are_taken_out_are_computed_no_more_and_freed(launches: list[int]) -> None:
+    model = blocks()
+    sparsify(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(2, 16)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    gone = weakref.ref(model[2])
+    model[2] = nn.Identity()
+    gc.collect()
+    assert gone() is None
+    launches.clear()
+    copied = pickle.loads(pickle.dumps(model))
+    for net in (model, copied, copy.deepcopy(model)):
+        net(torch.randn(2, 16)).sum().backward()
+    assert launches == [4, 4, 4]
+    optimizer.step()
+
+
+def test_a_weight_that_comes_from_elsewhere_is_masked_in_a_pass_too() -> None:
+    """A hypernetwork puts a tensor that it computed in the place of the Parameter."""
+    model, x = blocks(), torch.randn(2, 16)
+    dense = masked_twin(model)
+    for net in (model, dense):
+        w = net[0].up._parameters.pop("weight").detach().clone()
+        net[0].up.weight = w
+    assert torch.equal(model(x), dense(x))
+
+
+def test_weights_that_were_tied_since_are_sparse_as_the_first_one() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(2, 16)
+    sparsify(model, patterns={"1": "1:4"})
+    model[1].weight = model[0].get_parameter("weight")
+    value = keep_largest(model[0].get_parameter("weight").detach(), "2:4")
+    seen: list[Tensor] = []
+    model[1].register_forward_hook(lambda layer, *_: seen.append(layer.weight.detach().clone()))
+    model(x)
+    assert torch.equal(seen[0], value)
 
 
 def test_an_exception_in_a_pass_leaves_nothing_behind() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nm_sparsity.core import SparsityError, keep_largest, sparsify
 
@@ -131,6 +132,16 @@ def test_an_augmented_assignment_writes_and_keeps_the_parameter() -> None:
     assert model[0]._parameters["weight"] is shadow
     assert torch.equal(shadow, before * 0.5)
     assert torch.equal(model[0].weight, keep_largest(shadow, "2:4"))
+
+
+def test_get_parameter_finds_the_parameter_whoever_watches() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(8, 8))
+        sparsify(model)
+    assert model.get_parameter("0.weight") is model[0]._parameters["weight"]
+    model.to_empty(device="cpu")
+    with FlopCounterMode(display=False):
+        assert model.get_parameter("0.weight") is model[0]._parameters["weight"]
 
 
 def test_get_parameter_finds_the_parameter() -> None:

@@ -22,7 +22,7 @@ from nm_sparsity.core.files.metadata import DAMAGE, Metadata, read_state, strip_
 from nm_sparsity.core.methods import WeightState
 from nm_sparsity.core.model import record
 from nm_sparsity.core.model.layers import sparse_weights
-from nm_sparsity.core.model.wrappers import unwrap
+from nm_sparsity.core.model.wrappers import name_in_state, unwrap
 from nm_sparsity.core.pattern import Placement
 
 
@@ -35,9 +35,18 @@ def split(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> tupl
 
     Args:
         state_dict: what to split instead of the model's own state dict, with the same names (averaged weights, say).
+
+    Raises:
+        CheckpointError: if `state_dict` lacks a sparse weight.
     """
     model = unwrap(model)
     state = dict(model.state_dict() if state_dict is None else state_dict)
+    table = record.table(model)
+    if missing := [name for name in table if name not in state]:
+        raise CheckpointError(
+            f"the state dict lacks {_some(missing)}, which is sparse: give split all weights, and leave out of its "
+            "result what you do not want to keep"
+        )
     names, dropped, shadows, tied, unfinished = _names(model), {}, {}, {}, ""
     for name, param, weight in sparse_weights(model):
         shadow = _whole(state[name]).detach()
@@ -50,6 +59,9 @@ def split(model: nn.Module, state_dict: Mapping[str, Any] | None = None) -> tupl
         state.update(dict.fromkeys(names[id(param)], value))
         tied.update({alias: name for alias in names[id(param)] if alias != name})
     state = {name: _whole(value) for name, value in state.items()}
+    if dropped or shadows:  # a part may be finalized already
+        for name in [name for name in table if name not in {*dropped, *shadows}]:
+            dropped[name] = state[name][~masks.nm_mask(state[name], *table[name])]
     metadata = replace(
         Metadata.of(model),
         unfinished=unfinished,
@@ -75,6 +87,11 @@ def merge(state_dict: Mapping[str, Any], metadata: Metadata | Mapping[str, Any])
             raise CheckpointError(f"{name} has {int(gaps.sum())} dropped weights, the file {dropped.numel()} values")
         shadow = state[name].clone()
         shadow[gaps] = dropped.to(shadow)
+        if dropped.dtype is shadow.dtype and not torch.equal(masks.nm_mask(shadow, *metadata.layers[name]), ~gaps):
+            raise CheckpointError(
+                f"dropped values of {name} are larger than what is kept: they are of another moment of training than "
+                "the weights; take both from one checkpoint"
+            )
         state[name] = shadow
     state.update(metadata.shadows)
     state.update({alias: state[name] for alias, name in metadata.tied.items()})
@@ -221,7 +238,7 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     """id(parameter) -> all its names in the state dict: several when tied."""
     names: dict[int, list[str]] = {}
     for name, param in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
+        names.setdefault(id(param), []).append(name_in_state(name))
     return names
 
 

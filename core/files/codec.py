@@ -14,7 +14,7 @@ from nm_sparsity.core import masks
 from nm_sparsity.core.errors import CheckpointError, VerificationError
 from nm_sparsity.core.files.metadata import DAMAGE
 from nm_sparsity.core.masks.groups import reduction_last, restore_order
-from nm_sparsity.core.pattern import NMPattern, Placement, Table
+from nm_sparsity.core.pattern import Placement, Table
 
 FORMAT = "nm_sparsity.packed 2"
 POSITIONS = ".nm_positions"
@@ -75,7 +75,7 @@ def unpack_all(
         layers, tied = json.loads(header["layers"]), json.loads(header["tied"])
         state = {name: value for name, value in tensors.items() if name.removesuffix(POSITIONS) not in layers}
         for name, layer in layers.items():
-            table[name] = Placement(NMPattern.parse(layer["pattern"]), tuple(map(int, layer["dims"])))
+            table[name] = Placement.from_plain((layer["pattern"], layer["dims"]))
             state[name] = unpack(tensors[name], tensors[name + POSITIONS], table[name], torch.Size(layer["shape"]))
         state.update({alias: state[name] for alias, name in tied.items()})
     except DAMAGE as error:

@@ -90,12 +90,15 @@ def save_safetensors(path: str | Path, state: Mapping[str, Any], metadata: Metad
 def weights_of_model(model: nn.Module, layout: Layout, state: Mapping[str, Any] | None = None) -> Iterator[Weight]:
     """Those of `model`; with their values in `state`, of what is in it, where `model` has none."""
     for candidate in candidates(model):
-        names = [name for name in candidate.names if state is None or name in state]
+        names = [name for name in candidate.names if state is None or isinstance(state.get(name), Tensor)]
         if not names:
             continue
         value = candidate.param if state is None else state[names[0]]
-        if candidate.why_not:
-            yield Weight(names[0], value, (), 0, candidate.why_not)
+        why_not = candidate.why_not
+        if value.dim() != candidate.param.dim():
+            why_not = f"it has {value.dim()} dimensions, the model's {candidate.param.dim()}"
+        if why_not:
+            yield Weight(names[0], value, (), 0, why_not)
             continue
         module = candidate.owners[0][1]
         dims = reduction_dims(module, value.dim(), layout)
@@ -147,6 +150,8 @@ def _tensors(path: Path) -> tuple[dict[str, Any], Metadata | None]:
 def _tensors_of_folder(folder: Path) -> tuple[dict[str, Any], Metadata | None]:
     """All tensors of a folder that Hugging Face wrote."""
     for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():  # before shards, as Hugging Face does: its index stays when they are replaced
+            return _tensors(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             names = _json(index).get("weight_map")
@@ -156,8 +161,6 @@ def _tensors_of_folder(folder: Path) -> tuple[dict[str, Any], Metadata | None]:
             if missing := [name for name, file in names.items() if name not in shards[file]]:
                 raise CheckpointError(f"{folder / names[missing[0]]} lacks {missing[0]}, which {index.name} names")
             return {name: shards[file][name] for name, file in names.items()}, None
-        if (folder / name).is_file():
-            return _tensors(folder / name)
     files = sorted(path.name for path in folder.iterdir() if path.suffix in (".pt", ".pth", ".safetensors", ".onnx"))
     raise CheckpointError(
         f"{folder} is no folder of a Hugging Face model: it holds no model.safetensors"

@@ -10,7 +10,7 @@ import socket
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,8 +56,8 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         # torch reports a failed write as a RuntimeError of its zip writer.
         raise CheckpointError(f"could not write {path} ({error}); the previous file, if any, is unchanged") from error
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        with suppress(OSError):  # of a folder that cannot be looked into
+            temporary.unlink(missing_ok=True)
 
 
 _TEMPORARY = f".nm_sparsity.{socket.gethostname()}."
@@ -75,7 +75,7 @@ def _remove_stale(folder: Path) -> None:
 def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)  # Signal 0 only asks.
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # or a number that no process has
         return False
     except OSError:
         pass
@@ -91,8 +91,7 @@ def load(path: str | Path) -> Any:
     Raises:
         CheckpointError: if the file is missing, truncated, damaged, foreign, or would run code.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # of a path that cannot be one, too
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
         if zipfile.is_zipfile(path):
@@ -102,6 +101,8 @@ def load(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
+    except PermissionError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except pickle.UnpicklingError as error:
         if "GLOBAL" in str(error) or "class" in str(error):
             raise CheckpointError(
@@ -113,7 +114,7 @@ def load(path: str | Path) -> Any:
         raise CheckpointError(f"{path} is truncated or not a PyTorch checkpoint") from error
 
 
-def _check_sums(path: Path) -> None:
+def _check_sums(path: str | Path) -> None:
     """Compare every entry of a zip file with its CRC-32, which also finds what is wrong with names and sizes."""
     with zipfile.ZipFile(path) as archive:
         if damaged := archive.testzip():

@@ -130,4 +130,7 @@ def _graphs(graph: Any) -> Iterator[Any]:
 def _tensor(array: Any) -> Tensor:
     if array.dtype.name == "bfloat16":  # numpy has none; onnx brings its own
         return torch.from_numpy(array.view("int16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+    try:
+        return torch.from_numpy(array.copy())
+    except TypeError:  # text, or numbers of a kind that torch has not: no weight that can be N:M
+        return torch.zeros(array.shape, dtype=torch.uint8)

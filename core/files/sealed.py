@@ -56,9 +56,16 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors files do, with the length of a JSON header and the header."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+    """Whether a file begins as safetensors files do, with the length of a JSON header and the header.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
 
 
 def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

@@ -108,3 +108,8 @@ class SparseTraining:
 def is_sparse(model: nn.Module) -> bool:
     """Whether layers of `model` train sparse."""
     return any(True for _ in sparse_layers(model))
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether `model` was made sparse and not finished since: by method "dense", no layer of it trains sparse."""
+    return is_sparse(model) or any(found.table is None for _, found in record.records(model))

@@ -26,7 +26,7 @@ from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.files.checkpoint import restore, split
 from nm_sparsity.core.files.io import load, replacing, save
 from nm_sparsity.core.files.metadata import METADATA, Metadata
-from nm_sparsity.core.integrations.callback import SparseTraining, is_sparse
+from nm_sparsity.core.integrations.callback import SparseTraining, is_converted
 from nm_sparsity.core.model.layers import frozen
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
                 "NMSparsity works on one device and under DDP; DeepSpeed and FSDP keep the weights in pieces, which "
                 "its checkpoints do not cover: use a training loop of your own with fully_shard"
             )
-        if not is_sparse(model):
+        if not is_converted(model):
             self._prepare(model, state.max_steps)
         loop = _running_loop()
         if (folder := loop.get("resume_from_checkpoint")) is not None:
@@ -101,6 +101,9 @@ class NMSparsity(SparseTraining, TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Finalize and verify the model: what is saved from here on is plain and N:M."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has loaded what the best model's layers compute with, which is not what they make it of.
+            resume(model, state.best_model_checkpoint)
         self.finish(model)
         for name in _METHODS:
             model.__dict__.pop(name, None)

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.files.checkpoint import check_table, load_sparsity_state, merge, split
 from nm_sparsity.core.files.metadata import METADATA, Metadata
-from nm_sparsity.core.integrations.callback import SparseTraining, is_sparse
+from nm_sparsity.core.integrations.callback import SparseTraining, is_converted, is_sparse
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class NMSparsity(SparseTraining, Callback):  # type: ignore[misc]
             )
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # the Trainer calls it after this, and again for every stage
-        if self.report is None or not is_sparse(pl_module):
+        if self.report is None or not is_converted(pl_module):
             # Asking for the number loads the data, which a run that does not change can do later.
             total_steps = int(trainer.estimated_stepping_batches) if self.needs_length else None
             logger.info("sparse model:\n%s", self.convert(pl_module, total_steps=total_steps))
@@ -100,8 +100,9 @@ class SparseCheckpointIO(CheckpointIO):  # type: ignore[misc]
             return checkpoint
         metadata = Metadata.from_dict(checkpoint[METADATA], path)
         check_table(model, metadata)
+        state_dict = merge(checkpoint["state_dict"], metadata)  # may refuse, before the model changes
         load_sparsity_state(model, metadata.state)
-        return {**checkpoint, "state_dict": merge(checkpoint["state_dict"], metadata)}
+        return {**checkpoint, "state_dict": state_dict}
 
     def remove_checkpoint(self, path: Any) -> None:
         """As Lightning does."""

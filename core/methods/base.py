@@ -52,6 +52,8 @@ class Method:
     """The fraction of the run at which the mask is fixed for the rest."""
 
     def __post_init__(self) -> None:
+        for name, value in list(vars(self).items()):
+            object.__setattr__(self, name, _plain(value))
         if self.total_steps is not None and self.total_steps < 1:
             raise SparsityError(
                 f"total_steps must be the number of optimizer steps, at least 1, found {self.total_steps}"
@@ -303,6 +305,13 @@ def make_method(name: str | Method, **hyperparameters: Any) -> Method:
             raise SparsityError(f"{what} must be {_names(kind)}, found {value!r}")
     make: Callable[..., Method] = _METHODS[name]
     return make(**hyperparameters)
+
+
+def _plain(value: Any) -> Any:
+    """`value`, a number as one of Python's: files of numbers of NumPy load only where code of NumPy may run."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _options(kind: Any) -> Sequence[Any]:

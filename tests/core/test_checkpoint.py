@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nm_sparsity.core import (
     CheckpointError,
@@ -314,6 +315,7 @@ def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.pt")], check=False)
     (left,) = tmp_path.iterdir()
     host, process, end = re.fullmatch(r"(\.nm_sparsity\..*)\.(\d+)\.(.*\.tmp)", left.name).groups()  # type: ignore[union-attr]
+    (tmp_path / f"{host}.{10**12}.{end}").touch()  # no process can have that number
     kept = {f"{host}.{os.getpid()}.{end}", f"{host}x.{process}.{end}", f"{host}.{process}.{end}.mine", ".x.1.tmp"}
     for name in kept:
         (tmp_path / name).touch()
@@ -360,9 +362,52 @@ def test_a_part_of_a_model_splits_restores_and_finalizes() -> None:
     whole = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     sparsify(whole, method="ste")
     finalize(whole["a"])
-    assert list(split(whole)[1]["dropped"]) == ["b.weight"]
+    again = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    sparsify(again, method="ste")
+    finalize(again["a"])
+    restore(again, *split(whole))
+    assert same(dict(again.state_dict()), dict(whole.state_dict()))
     finalize(whole)
     assert {c.name for c in verify(whole).checks} == {"a.weight", "b.weight"}
+
+
+def test_a_state_dict_without_a_sparse_weight_is_not_split() -> None:
+    net = make()
+    state = {name: value for name, value in net.state_dict().items() if not name.startswith("2.")}
+    with pytest.raises(CheckpointError, match=r"the state dict lacks 2\.weight, which is sparse"):
+        split(net, state)
+
+
+def test_weights_and_dropped_values_of_two_moments_are_told() -> None:
+    net = make()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    step(net, optimizer)
+    state, before = split(net)
+    for _ in range(3):
+        step(net, optimizer)
+    later, metadata = split(net)
+    for mixed in ((state, metadata), (later, before)):
+        with pytest.raises(CheckpointError, match="of another moment of training than the weights"):
+            merge(*mixed)
+
+
+@pytest.mark.parametrize("first", ["sparsify", "wrap"])
+def test_activation_checkpointing_around_modules_changes_no_name(first: str) -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), nn.Linear(8, 8))
+    plain = copy.deepcopy(net)
+    sparsify(plain, exclude=["1"])
+    if first == "sparsify":
+        sparsify(net, exclude=["1"])
+    net[0] = checkpoint_wrapper(net[0])
+    if first == "wrap":
+        sparsify(net, exclude=["1"])
+    (state, metadata), (expected, _) = split(net), split(plain)
+    assert same(state, expected)
+    assert sparsity_state(net).keys() == sparsity_state(plain).keys() == {"0.0.weight"}
+    restore(plain, state, metadata)
+    restore(net, state, metadata)
+    finalize(net)
+    assert [check.name for check in verify(net).checks] == ["0.0.weight"]
 
 
 def test_a_file_of_a_newer_version_is_refused() -> None:
@@ -406,6 +451,11 @@ def test_a_path_that_cannot_be_is_one_clear_error(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "x.pt", tmp_path / "file" / "folder" / "x.pt", tmp_path / "x\0.pt"):
         with pytest.raises(CheckpointError, match="could not write"):
             save(path, {})
+    endless = tmp_path / ("n" * 300) / "x.pt"
+    with pytest.raises(CheckpointError, match="could not write"):
+        save(endless, {})
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load(endless)
 
 
 def test_files_have_ordinary_permissions(tmp_path: Path) -> None:

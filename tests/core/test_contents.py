@@ -88,6 +88,32 @@ def test_a_folder_is_verified_as_its_model(tmp_path: Path, transformers: Any, sh
     assert len(verify(tmp_path / "f", "2:4").checked) == 14
 
 
+def test_one_file_stands_before_the_shards_of_an_earlier_save(tmp_path: Path, transformers: Any) -> None:
+    model = causal(transformers)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = (tmp_path / "model.safetensors.index.json").read_text()
+    sparsify(model, "2:4")
+    finalize(model)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    assert len(verify(tmp_path, "2:4").checked) == 14
+
+
+def test_weights_that_were_not_gathered_are_skipped_with_the_reason(tmp_path: Path, transformers: Any) -> None:
+    model = causal(transformers)
+    sparsify(model, "2:4")
+    finalize(model)
+    model.save_pretrained(tmp_path)
+    state = {
+        **safetensors_torch.load_file(tmp_path / "model.safetensors"),
+        "model.layers.0.mlp.up_proj.weight": torch.zeros(0),
+    }
+    safetensors_torch.save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    result = verify(tmp_path, "2:4")
+    assert len(result.checked) == 13
+    assert "it has 1 dimensions, the model's 2" in {check.skipped for check in result.checks}
+
+
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_a_layer_that_stores_its_weight_transposed(tmp_path: Path, transformers: Any, kind: str) -> None:
     """GPT-2's are (in, out); the position embeddings are no layer."""
@@ -275,3 +301,21 @@ def test_onnx_operators_that_do_not_fit_their_weights(tmp_path: Path, damage: di
     onnx.save(onnx.helper.make_model(graph), tmp_path / "damaged.onnx")
     with pytest.raises(CheckpointError, match="its operators do not fit its weights"):
         verify(tmp_path / "damaged.onnx", "2:4")
+
+
+def test_initialisers_that_torch_has_no_kind_of_are_skipped(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    w = torch.zeros(8, 8)
+    texts = onnx.helper.make_tensor("texts", onnx.TensorProto.STRING, (2, 2), [b"a", b"b", b"c", b"d"])
+    small = onnx.helper.make_tensor("small", onnx.TensorProto.FLOAT8E4M3FN, (2, 2), [1.0, 2.0, 3.0, 4.0])
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, (1, 8))],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, (1, 8))],
+        [onnx.numpy_helper.from_array(w.numpy(), "w"), texts, small],
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "m.onnx")
+    result = verify(tmp_path / "m.onnx", "2:4")
+    assert [check.name for check in result.checked] == ["w"]
+    assert [check.name for check in result.checks if check.skipped] == ["texts", "small"]

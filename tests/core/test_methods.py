@@ -9,8 +9,10 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,11 +26,14 @@ from nm_sparsity.core import (
     make_method,
     sparsify,
     sparsity_state,
+    unsparsify,
     verify,
 )
 from nm_sparsity.core.experiments.recipes import from_tree
 from nm_sparsity.core.experiments.run import as_json
 from nm_sparsity.core.files.checkpoint import restore, split
+from nm_sparsity.core.files.io import load, save
+from nm_sparsity.core.files.metadata import Metadata
 from nm_sparsity.core.methods import WeightState, base, method_names
 from nm_sparsity.core.methods.s_ste import SSTE
 from nm_sparsity.core.model.layers import sparse_weights
@@ -125,6 +130,15 @@ def test_a_config_is_the_method_through_json_and_through_text(name: str) -> None
         config = SparsityConfig(method=method.name, hyperparameters=hyperparameters)
         assert config.make_method() == method
         assert from_tree(SparsityConfig, json.loads(json.dumps(as_json(config)))) == config
+
+
+def test_numbers_of_numpy_become_pythons_own(tmp_path: Path) -> None:
+    model = make("sr-ste")
+    unsparsify(model)
+    sparsify(model, decay=np.float64(6.0), total_steps=np.int64(100), fix_at=np.float32(0.5))
+    save(tmp_path / "x.pt", Metadata.of(model).to_dict())
+    read = Metadata.from_dict(load(tmp_path / "x.pt")).hyperparameters
+    assert {name: type(value) for name, value in read.items()} == {"decay": float, "total_steps": int, "fix_at": float}
 
 
 class Doubled(SSTE):

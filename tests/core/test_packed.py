@@ -136,6 +136,10 @@ def damage_dims(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     metadata["layers"] = metadata["layers"].replace('"dims": [1]', '"dims": [1, 1]')
 
 
+def drop_dims(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["layers"] = metadata["layers"].replace('"dims": [1]', '"dims": []')
+
+
 def endless_dims(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     metadata["layers"] = metadata["layers"].replace('"dims": [1]', '"dims": [Infinity]')
 
@@ -163,6 +167,7 @@ def foreign_format(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None
         damage_shape,
         damage_pattern,
         damage_dims,
+        drop_dims,
         endless_dims,
         negative_shape,
         nest_deeply,

@@ -219,6 +219,13 @@ def test_training_goes_on_with_a_finalized_model(tmp_path: Path) -> None:
     assert not torch.equal(next(model.parameters()), next(first.parameters()))
 
 
+def test_the_dense_baseline_trains_by_the_same_callback(tmp_path: Path) -> None:
+    model, other = seeded(llama), seeded(llama)
+    trainer(model, words, tmp_path / "ours", NMSparsity(method="dense")).train()
+    trainer(other, words, tmp_path / "plain").train()
+    assert_equal(model, other)
+
+
 def test_a_checkpoint_of_dense_training_is_continued_sparse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer(seeded(llama), words, tmp_path).train()
     model = seeded(llama)
@@ -227,10 +234,11 @@ def test_a_checkpoint_of_dense_training_is_continued_sparse(tmp_path: Path, capl
     assert "of dense training" in caplog.text
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["sr-ste", "s-ste"])
+def test_the_best_checkpoint_is_loaded_at_the_end(method: str, tmp_path: Path) -> None:
     model = seeded(llama)
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
-    run = trainer(model, words, tmp_path, NMSparsity(), **options)
+    run = trainer(model, words, tmp_path, NMSparsity(method=method), **options)
     run.train()
     assert_equal(type(model).from_pretrained(run.state.best_model_checkpoint), model)
     # What the sparse model scored in training is what a dense one scores with the file.

@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nm_sparsity.core import SparsityError, verify
+from nm_sparsity.core import CheckpointError, SparsityError, sparsity_state, verify
 from nm_sparsity.core.files.io import load
 from nm_sparsity.core.files.metadata import METADATA, Metadata
 from nm_sparsity.core.integrations.lightning import NMSparsity
@@ -152,6 +152,34 @@ def test_bf16(tmp_path: Path) -> None:
     model = seeded()
     fit(model, tmp_path, sparsity(), precision="bf16-mixed")
     verify(model, "2:4")
+
+
+class Interrupted(L.Callback):  # type: ignore[misc]
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise InterruptedError
+
+
+def test_the_dense_baseline_trains_by_the_same_callback(tmp_path: Path) -> None:
+    model, other, callback = seeded(), seeded(), NMSparsity(method="dense")
+    with pytest.raises(InterruptedError):
+        fit(model, tmp_path / "cut", callback, Interrupted())
+    model.load_state_dict(seeded().state_dict())
+    fit(model, tmp_path / "ours", callback)
+    fit(other, tmp_path / "plain")
+    assert_equal(model, other)
+
+
+def test_a_damaged_checkpoint_leaves_the_module_as_it_was(tmp_path: Path) -> None:
+    model, callback = seeded(), sparsity()
+    fit(model, tmp_path / "run", callback)
+    path = tmp_path / "run" / "epoch=0.ckpt"
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint[METADATA]["dropped"]["net.0.weight"] = torch.zeros(3)
+    torch.save(checkpoint, path)
+    fresh = seeded()
+    with pytest.raises(CheckpointError, match=r"net\.0\.weight has .* dropped weights, the file 3"):
+        fit(fresh, tmp_path / "again", sparsity(), resume=path)
+    assert {memory["lr_sum"] for memory in sparsity_state(fresh).values()} == {0.0}
 
 
 def test_training_goes_on_with_a_finalized_module(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import yaml
 
 from nm_sparsity.core import SparsityConfig, SparsityError
 from nm_sparsity.detection import coco
-from nm_sparsity.detection.hooks import mappings
+from nm_sparsity.detection.hooks import kind_of, mappings
 
 FOLDER = Path(__file__).parent / "configs"
 
@@ -155,9 +155,14 @@ def set_data(config: Any, folder: Path) -> None:
         )
         if loader != "train":
             config[f"{loader}_evaluator"].ann_file = str(file)
-    for part in mappings(config.model):
-        if "num_classes" in part:
-            part["num_classes"] = len(classes)
+    for head in heads(config.model):
+        head["num_classes"] = len(classes)
+
+
+def heads(model: Mapping[str, Any]) -> list[Any]:
+    """The parts of the config `model` that tell classes apart; an RPN tells objects from background, whatever class."""
+    parts = mappings({name: part for name, part in model.items() if name != "rpn_head"})
+    return [part for part in parts if "num_classes" in part]
 
 
 def check_data(config: Any) -> None:
@@ -192,13 +197,6 @@ def check_data(config: Any) -> None:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "(none)"
-
-
-def kind_of(part: Any) -> str:
-    """The name of the type that a part of a config is built as; configs in Python's own style hold the class, and
-    its whole path where they are written out."""
-    kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
-    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def set_sparsity(config: Any, sparsity: SparsityConfig | None, **measuring: Any) -> None:

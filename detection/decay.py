@@ -17,6 +17,7 @@ from nm_sparsity.core.experiments.decay import with_chosen_decay
 from nm_sparsity.core.training.auto_decay import decay_of_strength, probe_steps
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection.checkpoints import sparsity_of
+from nm_sparsity.detection.hooks import kind_of
 
 Build = Callable[[Any], Any]
 """Makes the runner of a config."""
@@ -36,7 +37,7 @@ def set_chosen_decay(config: Any, out: Path, resume: bool, build: Build) -> None
     def choose() -> DecayChoice:
         with TemporaryDirectory() as folder:
             rates = learning_rates(build(_probe(config, sparsity.with_decay(0.0), folder)))
-        if config.optim_wrapper.optimizer.type == "SGD":
+        if kind_of(config.optim_wrapper.optimizer) == "SGD":
             return decay_of_strength(rates)
         return choose_decay(probe, sparsity, probe_steps(len(rates)))
 

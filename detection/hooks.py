@@ -214,9 +214,13 @@ def first_checkpoint(load_from: str | None, resume: bool, work_dir: str) -> str 
     return load_from or (find_latest_checkpoint(work_dir) if resume else None)
 
 
+_PRETRAINED = ("Pretrained", "PretrainedInit")
+"""What loads the weights of a part: its name in MMEngine's registry, and that of its class."""
+
+
 def files_to_load(model: Any, start: str | None) -> Iterator[str]:
     """The local files among `start` and the pretrained parts of the config `model`."""
-    pretrained = (part.get("checkpoint") for part in mappings(model) if part.get("type") == "Pretrained")
+    pretrained = (part.get("checkpoint") for part in mappings(model) if kind_of(part) in _PRETRAINED)
     for path in (start, *pretrained):
         if path is not None and not re.match(r"[\w-]+://", path):
             yield path
@@ -230,3 +234,10 @@ def mappings(config: Any) -> Iterator[Any]:
     if isinstance(config, list | tuple):
         for entry in config:
             yield from mappings(entry)
+
+
+def kind_of(part: Any) -> str:
+    """The name of the type that a part of a config is built as; configs in Python's own style hold the class, and
+    its whole path where they are written out."""
+    kind = part.get("type", "nothing") if isinstance(part, Mapping) else type(part).__name__
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]

@@ -19,9 +19,10 @@ from nm_sparsity.core import SparsityError, frozen
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.folders import make_folder
 from nm_sparsity.core.experiments.images import named_classes, named_images, opened
+from nm_sparsity.detection import config as configs
 from nm_sparsity.detection.checkpoints import Trained
 from nm_sparsity.detection.evaluate import Detections, as_coco
-from nm_sparsity.detection.hooks import mappings
+from nm_sparsity.detection.hooks import kind_of
 from nm_sparsity.detection.pictures import draw
 
 
@@ -62,7 +63,7 @@ def predict(arguments: Arguments) -> Iterator[tuple[Path, Detections, tuple[str,
     model.cfg = trained.config
     names = class_names(trained, arguments.classes)
     steps = trained.config.test_dataloader.dataset.pipeline
-    pipeline = Compose([step for step in steps if not str(step.get("type")).endswith("LoadAnnotations")])
+    pipeline = Compose([step for step in steps if kind_of(step) != "LoadAnnotations"])
     with frozen(model):
         for file in files:
             with opened(file) as image:
@@ -78,7 +79,7 @@ def class_names(trained: Trained, file: Path | None = None) -> tuple[str, ...]:
     told = trained.config.test_dataloader.dataset.get("metainfo") or {}
     meta = trained.payload.get("meta") or {}
     found = told.get("classes") or (meta.get("dataset_meta") or {}).get("classes") or CocoDataset.METAINFO["classes"]
-    count = next((part["num_classes"] for part in mappings(trained.config.model) if "num_classes" in part), len(found))
+    count = next((head["num_classes"] for head in configs.heads(trained.config.model)), len(found))
     return named_classes(file, tuple(map(str, found)), count, trained.path)
 
 

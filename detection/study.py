@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
@@ -43,6 +45,27 @@ def _curve(run: Path, key: str, scale: float = 1.0) -> Curve:
 
 def _column(kind: str, number: str) -> Column:
     return Column(f"{kind} {number}", lambda result: result.get(kind, {}).get(number))
+
+
+_IN_EPOCHS = ("begin", "end", "T_max", "milestones", "step_size", "periods")
+"""What a scheduler that goes by epochs counts in them."""
+
+
+def _schedules(config: Any, epochs: int) -> Iterator[str]:
+    """Overrides that fit the schedules of `config` which go by epochs to a run of so many."""
+    own, planned = config.get("param_scheduler") or [], config.train_cfg.max_epochs
+    named = {"": own} if isinstance(own, Mapping) else {f".{index}": scheduler for index, scheduler in enumerate(own)}
+
+    def scaled(value: Any, least: int) -> Any:
+        if isinstance(value, list | tuple):
+            return [scaled(one, least) for one in value]
+        return max(least, value * epochs // planned)
+
+    for name, scheduler in named.items():
+        for key in _IN_EPOCHS:
+            if scheduler.get("by_epoch", True) and key in scheduler:
+                least = 0 if key == "begin" else 1
+                yield f"param_scheduler{name}.{key}={scaled(scheduler[key], least)}"
 
 
 @dataclass(frozen=True)
@@ -82,8 +105,20 @@ class DetectionStudy(Study):
         """Where the data set lies."""
         return self.data or Path("data") / f"study-{self.pictures}"
 
+    @cached_property
+    def base(self) -> Any:
+        """The config that all runs share, read.
+
+        Raises:
+            SparsityError: if it cannot be read, or does not train by epochs.
+        """
+        config = configs.read(self.config)
+        if not config.train_cfg.get("max_epochs"):
+            raise SparsityError(f"{self.config} does not train by epochs (train_cfg.max_epochs), as a study does")
+        return config
+
     def prepare(self) -> None:
-        configs.read(self.config)  # A mistyped name is one message now, not one after pictures are drawn.
+        _ = self.base  # What is wrong with it is one message now, not one after pictures are drawn.
         if not (self.folder / "annotations" / "instances_test.json").exists():
             if self.pictures == "fashion":
                 prepare.fashion(self.folder, train=1600, val=200, size=128)
@@ -94,7 +129,7 @@ class DetectionStudy(Study):
         changes = [
             f"train_cfg.max_epochs={run.steps}",
             f"train_cfg.val_interval={max(1, run.steps // 6)}",
-            f"param_scheduler.1.T_max={run.steps}",
+            *_schedules(self.base, run.steps),
         ]
         if run.start:
             changes.append(f"load_from={self.out / run.start.name}/epoch_{run.start.steps}.pth")

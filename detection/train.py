@@ -14,16 +14,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from mmengine.dist import is_main_process
+from mmengine.dist import all_reduce, init_dist, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.utils.dl_utils import set_multi_processing
 
 from nm_sparsity.core import CheckpointError, SparsityConfig, SparsityError
 from nm_sparsity.core.experiments.command_line import STOPS, Stopped, command_line, gather_values, stopping
@@ -35,14 +37,17 @@ from nm_sparsity.detection import PACKAGES
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection.checkpoints import LAST, last_checkpoint, sparsity_of
 from nm_sparsity.detection.decay import set_chosen_decay
-from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, load_safely
+from nm_sparsity.detection.hooks import files_to_load, first_checkpoint, kind_of, load_safely
 
 
-def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: str = "none") -> Any:
+def run(config: Any, out: Path, seed: int | None = None, resume: bool = False, launcher: str = "none") -> Any:
     """Train `config` with MMEngine's Runner into the run folder `out`; returns the runner.
 
     The folder gets MMEngine's own files (config, log, ``epoch_*.pth``, ``scalars.json``, TensorBoard events) beside
     ``config.json`` and ``environment.json``.
+
+    Args:
+        seed: of initialisation and shuffling; by default the config's ``randomness.seed``, or 0.
 
     Raises:
         SparsityError: for data, a config, or a checkpoint that cannot be used.
@@ -54,25 +59,24 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
     if resume:  # MMEngine would go on from the whole path that it noted, or from ``load_from``
         config.load_from = str(last_checkpoint(out))
     done = _check_files(config, out, resume)
+    if seed is None:
+        seed = (config.get("randomness") or {}).get("seed") or 0
     # MMEngine keeps loggers and visualizers by name; a second run in a process would share the first's.
     name = f"{out.name}_{time.time_ns()}"
     config.merge_from_dict({"work_dir": str(out), "randomness": {"seed": seed}, "resume": resume, "launcher": launcher})
+    if launcher != "none":
+        _connect(config, launcher)
     set_chosen_decay(config, out, resume, _build)
     if resume:
         _check_same_run(config, out)
     config.merge_from_dict({"experiment_name": name, "visualizer": {"name": name}})
-    if launcher == "pytorch" and not torch.cuda.is_available():
-        # MMEngine's own set-up asks for a GPU, unless the processes are connected already.
-        torch.distributed.init_process_group("gloo")
-        config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
-    if find_spec("tensorboard"):
-        config.visualizer.vis_backends = [{"type": "LocalVisBackend"}, {"type": "TensorboardVisBackend"}]
+    config.visualizer.vis_backends = _backends(config.visualizer.get("vis_backends") or [])
     runner = _build(config)
     if is_main_process():
         write_json(out / CONFIG, config.to_dict())
         write_json(out / ENVIRONMENT, environment(seed, PACKAGES))
         _say_begin(runner, out, done if resume else None)
-    with stopping() if launcher == "none" else nullcontext(lambda: 0) as asked:
+    with stopping() as asked:
         runner.register_hook(_Stop(asked, out), priority="LOWEST")
         try:
             runner.train()
@@ -80,12 +84,40 @@ def run(config: Any, out: Path, seed: int = 0, resume: bool = False, launcher: s
             _say_stopped(signal.SIGINT, runner, out)
             raise Stopped from None
         except Exception as error:
+            if number := asked():  # Sent to a whole process group, it ended those that load the data too.
+                _say_stopped(number, runner, out)
+                raise SystemExit(128 + number) from None
             if match := re.search(r"failed to load image: \S+", str(error)):
                 raise SparsityError(match[0]) from error
             raise
     if is_main_process() and (out / LAST).is_file():
         print(f"wrote {last_checkpoint(out)}; score it: python -m nm_sparsity.detection.evaluate {out}")
     return runner
+
+
+def _connect(config: Any, launcher: str) -> None:
+    """Join the processes that train together, as MMEngine's Runner does, but before any part of one is built: from here
+    on the main one speaks and writes for all."""
+    settings = config.get("env_cfg") or {}
+    try:
+        if launcher == "pytorch" and not torch.cuda.is_available():
+            # MMEngine's own set-up asks for a GPU.
+            config.model_wrapper_cfg = {"type": "MMDistributedDataParallel", "device_ids": None}
+            if not is_distributed():
+                torch.distributed.init_process_group("gloo")
+        elif not is_distributed():
+            # Else init_dist chooses another way to start processes, which the Runner then changes with a warning.
+            set_multi_processing(**settings.get("mp_cfg", {}), distributed=True)
+            init_dist(launcher, **settings.get("dist_cfg", {}))
+    except Exception as error:
+        raise SparsityError(f"cannot connect by --launcher {launcher}: {type(error).__name__}: {error}") from error
+
+
+def _backends(own: Any) -> list[Any]:
+    """Where the config writes what is measured, and the files of a run folder."""
+    own = [own] if isinstance(own, Mapping) else list(own)
+    files = ["LocalVisBackend", *(["TensorboardVisBackend"] if find_spec("tensorboard") else [])]
+    return own + [{"type": kind} for kind in files if kind not in map(kind_of, own)]
 
 
 class _Runner(Runner):  # type: ignore[misc]
@@ -107,13 +139,18 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 class _Stop(Hook):  # type: ignore[misc]
-    """Ends training after the iteration in which SIGTERM or Ctrl-C came: never while a checkpoint is being written."""
+    """Ends training after the iteration in which SIGTERM or Ctrl-C came: never while a checkpoint is being written.
+
+    Processes that train together ask each other: one that left alone would keep the others waiting.
+    """
 
     def __init__(self, asked: Callable[[], int], out: Path) -> None:
         self._asked, self._out = asked, out
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if (number := self._asked()) == signal.SIGINT:
+        asked = torch.tensor(self._asked())
+        all_reduce(asked, "max")
+        if (number := int(asked)) == signal.SIGINT:
             raise KeyboardInterrupt
         if number:
             _say_stopped(number, runner, self._out)
@@ -142,10 +179,15 @@ def _say_stopped(number: int, runner: Any, out: Path) -> None:
 
 def _check_folder(out: Path, resume: bool) -> None:
     """MMEngine would write one run's files over another's."""
-    last, found = out / LAST, sorted(out.glob("*.pth"))
+    last, found = out / LAST, sorted(path.name for path in out.glob("*.pth"))
+    if found and not last.is_file():
+        raise CheckpointError(
+            f"{out} holds {', '.join(found)} but no {LAST}, as if a run had been cut off while it first saved: remove "
+            "what is there and start without --resume, or choose another --out"
+        )
     if resume and not last.is_file():
         raise CheckpointError(f"cannot resume: there is no {last}; leave --resume out to start")
-    if not resume and (found or last.is_file()):
+    if not resume and last.is_file():
         raise SparsityError(f"{out} holds a run already: continue it with --resume, or choose another --out")
 
 
@@ -243,7 +285,7 @@ def train(
     decay: float | str | None = None,
     hyperparameters: Mapping[str, str] | None = None,
     out: Path | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     resume: bool = False,
     launcher: Literal["none", "pytorch", "slurm", "mpi"] = "none",
     print_config: bool = False,
@@ -255,12 +297,13 @@ def train(
         overrides: entries of the config, e.g. train_cfg.max_epochs=24 load_from=dense.pth.
         data: a folder in COCO's format, such as nm_sparsity.detection.prepare writes, or a COCO 2017 folder; without
             it, the config's own data.
-        pattern: N:M; with it or --method the config becomes sparse that way, else it trains as it is.
-        method: how weights are trained; default sr-ste.
+        pattern: N:M; with it or --method a dense config becomes sparse, else it trains as it is. In a sparse one, what
+            is given here takes the place of the same entry of its NMSparseHook.
+        method: how weights are trained; default the config's, or sr-ste.
         decay: SR-STE's lambda: a number, a schedule, or auto.
         hyperparameters: the method's other hyperparameters, by name.
         out: the run folder; default runs/CONFIG.
-        seed: of initialisation and shuffling.
+        seed: of initialisation and shuffling; default the config's randomness.seed, or 0.
         resume: go on from the last checkpoint in the run folder.
         launcher: pytorch under torchrun.
         print_config: print the whole config and stop.
@@ -268,17 +311,37 @@ def train(
     loaded = configs.read(config, overrides)
     if data is not None:
         configs.set_data(loaded, data)
-    given: dict[str, Any] = {"pattern": pattern, "method": method, "decay": decay, "hyperparameters": hyperparameters}
-    if sparsity := {key: value for key, value in given.items() if value is not None}:
-        configs.set_sparsity(loaded, SparsityConfig(**sparsity))
-    elif not configs.hooks_of(loaded):  # its checkpoints hold plain values too, and say that they are dense
-        configs.set_sparsity(loaded, SparsityConfig(method="dense"))
+    options = {"pattern": pattern, "method": method, "decay": decay, "hyperparameters": hyperparameters}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given or not configs.hooks_of(loaded):  # the checkpoints of dense runs hold plain values and say so, too
+        _set_sparsity(loaded, given)
     if print_config:
         print(loaded.pretty_text)
         return
     folder = out or Path("runs") / Path(config).stem
     with held(folder):
         run(loaded, folder, seed, resume, launcher)
+
+
+def _set_sparsity(config: Any, given: Mapping[str, Any]) -> None:
+    """Put what is `given` in the place of the same fields of the config's own hook, if it has one.
+
+    Another method than the hook's starts from its own decay and hyperparameters.
+
+    Raises:
+        SparsityError: if nothing that is given makes a dense config sparse, or a value is out of range.
+    """
+    hook = sparsity_of(config)
+    own = SparsityConfig(method="dense") if hook is None else hook.config
+    if given:
+        if own.method == "dense" and not given.keys() & {"pattern", "method"}:
+            names = " and ".join(f"--{name}" for name in given)
+            raise SparsityError(f"the config is dense, to which {names} means nothing: give --pattern or --method too")
+        method = given.get("method", "sr-ste" if own.method == "dense" else own.method)
+        fresh: dict[str, Any] = {} if method == own.method else {"decay": None, "hyperparameters": {}}
+        own = replace(own, **{**fresh, "method": method, **given})
+    measuring: dict[str, Any] = {} if hook is None else {"interval": hook.interval, "per_layer": hook.per_layer}
+    configs.set_sparsity(config, own, **measuring)
 
 
 if __name__ == "__main__":

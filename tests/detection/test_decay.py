@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from nm_sparsity.core.files.io import load
 from nm_sparsity.core.training.auto_decay import FEASIBLE
 from nm_sparsity.detection import config as configs
+from nm_sparsity.detection import decay
 from nm_sparsity.detection.checkpoints import last_checkpoint
 
 Make = Callable[..., Any]
@@ -73,3 +75,12 @@ def test_under_adamw_probes_choose_lambda_and_a_resume_keeps_it(make_config: Mak
     run(longer, tmp_path, resume=True)
     assert (tmp_path / "decay.json").stat().st_mtime_ns == before
     assert configs.hooks_of(longer)[0]["decay"] == choice["decay"]
+
+
+def test_sgd_is_known_by_its_class_too(make_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs in Python's own style hold it."""
+    config = make_config("tiny_faster_rcnn", decay="auto")
+    config.optim_wrapper.optimizer.type = torch.optim.SGD
+    monkeypatch.setattr(decay, "learning_rates", lambda runner: [0.01] * 100)
+    decay.set_chosen_decay(config, tmp_path, False, lambda config: None)
+    assert configs.hooks_of(config)[0]["decay"] == pytest.approx(6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
 from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import evaluate, pictures, prepare, train
+from nm_sparsity.detection.checkpoints import sparsity_of
 
 README = Path(__file__).parents[2] / "detection" / "README.md"
 
@@ -197,7 +199,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_two_ranks_train_one_model(data: Path, tmp_path: Path) -> None:
-    """MMEngine's pytorch launcher, gloo: the ranks end with the same weights, and the file is 2:4."""
+    """MMEngine's pytorch launcher, gloo: lambda is chosen and told once, the ranks end with the same weights, the file
+    is 2:4, and a signal to one of them ends both after the same iteration."""
     worker = Path(__file__).parent / "two_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
@@ -205,6 +208,8 @@ def test_two_ranks_train_one_model(data: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("ranks agree") == 2
+    assert result.stdout.count("lambda is") == result.stdout.count("stopped by SIGTERM in epoch 1 (iteration 0)") == 1
+    assert result.stdout.count(f"ended with status {128 + signal.SIGTERM}") == 2
     assert len(verify(tmp_path / "epoch_1.pth", "2:4").checked) == 31
 
 
@@ -222,6 +227,16 @@ def test_a_folder_that_holds_a_run_is_left_alone(
     assert re.fullmatch(
         r"error: cannot resume: there is no .*/new/last_checkpoint; leave --resume out to start\n", error
     )
+
+
+def test_a_run_cut_off_while_it_first_saved_has_one_way_out(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["tiny_mask_rcnn", "--data", str(data), "--out", str(tmp_path)]
+    (tmp_path / "epoch_1.pth").touch()
+    fresh, resumed = failure(capsys, *arguments), failure(capsys, *arguments, "--resume")
+    assert fresh == resumed
+    assert re.search(r"holds epoch_1\.pth but no last_checkpoint, .* remove what is there and start without", fresh)
 
 
 @pytest.mark.slow
@@ -300,6 +315,76 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     error = capsys.readouterr().err
     assert "Traceback" not in error
     return error
+
+
+def hook_of(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> Any:
+    """The NMSparseHook of the config that these arguments train."""
+    assert train.main([*arguments, "--print-config"]) == 0
+    (folder / "printed.py").write_text(capsys.readouterr().out)
+    return sparsity_of(configs.read(str(folder / "printed.py")))
+
+
+def sparse_config(folder: Path, **hook: Any) -> str:
+    """A config of a user's that is sparse in a way of its own."""
+    plugin, hooks = {"imports": [configs.PLUGIN]}, [{"type": "NMSparseHook", **hook}]
+    lines = f"_base_ = '{configs.FOLDER}/tiny_mask_rcnn.py'", f"custom_imports = {plugin}", f"custom_hooks = {hooks}"
+    (folder / "mine.py").write_text("\n".join(lines))
+    return str(folder / "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ([], {}),
+        (["--decay=auto"], {"decay": "auto"}),
+        (["--pattern=1:4"], {"pattern": "1:4"}),
+        (["--hyperparameters", "fix_at=0.5"], {"hyperparameters": {"fix_at": "0.5"}}),
+        (["--method=sr-ste"], {}),
+        (["--method=ste"], {"method": "ste", "decay": None, "hyperparameters": {}}),
+        (["--method=dense"], {"method": "dense", "decay": None, "hyperparameters": {}}),
+    ],
+)
+def test_what_is_given_changes_that_of_a_sparse_config_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], changed: dict[str, Any]
+) -> None:
+    options = {"pattern": "2:8", "decay": 0.3, "hyperparameters": {"dense_until": 0.1}, "layout": "kernel"}
+    options |= {"exclude": ("backbone.conv1",), "patterns": {"neck.*": "1:4"}}
+    mine = sparse_config(tmp_path, **options, interval=7, per_layer=True)
+    hook = hook_of(capsys, tmp_path, mine, *given)
+    assert hook.config == SparsityConfig(**{**options, **changed})
+    assert (hook.interval, hook.per_layer) == (7, True)
+
+
+def test_only_a_pattern_or_a_method_makes_a_dense_config_sparse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tiny_mask_rcnn", sparse_config(tmp_path, method="dense")):
+        for given in (["--decay", "0.1"], ["--hyperparameters", "dense_until=0.1"]):
+            message = f"the config is dense, to which {given[0]} means nothing: give --pattern or --method too"
+            assert failure(capsys, name, *given) == f"error: {message}\n"
+        found = hook_of(capsys, tmp_path, name, "--pattern", "1:4", "--decay", "0.1")
+        assert found.config == SparsityConfig("1:4", "sr-ste", 0.1)
+
+
+def test_the_seed_and_the_backends_of_a_config_are_kept(
+    make_config: Callable[..., Any], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    def config() -> Any:
+        made = make_config()
+        made.randomness = {"seed": 42, "diff_rank_seed": True}
+        made.default_hooks.logger.interval = 1
+        made.visualizer.vis_backends = [{"type": "TensorboardVisBackend", "save_dir": str(tmp_path / "board")}]
+        return made
+
+    folder = tmp_path / "run"
+    assert run(config(), folder).seed == 42
+    assert json.loads((folder / "config.json").read_text())["randomness"] == {"seed": 42, "diff_rank_seed": True}
+    assert json.loads((folder / "environment.json").read_text())["seed"] == 42
+    assert list((tmp_path / "board").rglob("events.out.tfevents*"))
+    assert not list(folder.rglob("events.out.tfevents*"))
+    assert list(folder.glob("*/vis_data/scalars.json"))
+    with pytest.raises(SparsityError, match=r"randomness\.seed: 42 -> 1\)"):
+        train.run(config(), folder, seed=1, resume=True)
 
 
 def test_train_names_unknown_configs_and_bad_overrides(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.model import PretrainedInit
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -260,9 +261,9 @@ class RunsCode:
 
 
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-@pytest.mark.parametrize("where", ["load_from", "pretrained"])
+@pytest.mark.parametrize("where", ["load_from", "Pretrained", PretrainedInit], ids=["load_from", "name", "class"])
 def test_a_pickle_with_code_is_not_loaded(
-    make_config: Make, run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, sparse: bool
+    make_config: Make, run: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Any, sparse: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pth").write_bytes(pickle.dumps({"state_dict": RunsCode()}))
@@ -271,10 +272,10 @@ def test_a_pickle_with_code_is_not_loaded(
         config = make_config(method="sr-ste")
         if not sparse:
             config.custom_hooks = []
-        if where == "pretrained":
-            config.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": name}
-        else:
+        if where == "load_from":
             config.load_from = name
+        else:
+            config.model.backbone.init_cfg = {"type": where, "checkpoint": name}
         with pytest.raises(CheckpointError, match=name):
             run(config, tmp_path / "run")
     assert not (tmp_path / "code_ran").exists()
@@ -390,3 +391,24 @@ def test_ctrl_c_ends_a_run_after_the_iteration_and_is_one_line(
         signal.signal(signal.SIGINT, before)
     stopped = "interrupted in epoch 2 (iteration 2); the same command with --resume goes on from "
     assert capfd.readouterr().out.splitlines()[-1] == f"{stopped}{tmp_path}/run/epoch_1.pth"
+
+
+@HOOKS.register_module()
+class LoseTheLoaders(Hook):  # type: ignore[misc]
+    """What SIGTERM does to a whole process group: it ends the processes that load the data, too."""
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+
+def test_a_signal_that_ends_the_loaders_too_is_one_line(
+    make_config: Make, run: Make, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config()
+    config.custom_hooks.append({"type": "LoseTheLoaders"})
+    with pytest.raises(SystemExit) as ended:
+        run(config, tmp_path / "run")
+    assert ended.value.code == 128 + signal.SIGTERM
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.startswith("stopped by SIGTERM in epoch 1 (iteration 0); nothing is saved yet")

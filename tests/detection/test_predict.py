@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import evaluate, pictures, predict
 from nm_sparsity.detection.checkpoints import Trained
 
@@ -103,6 +104,15 @@ def test_classes_without_names_are_numbered_and_that_is_said(
     assert "epoch_1.pth does not name its classes: they are numbered" in capsys.readouterr().err
     (tmp_path / "names").write_text("\n".join("abcdefghij"))
     assert predict.class_names(bare, tmp_path / "names") == tuple("abcdefghij")
+
+
+def test_an_rpn_with_a_number_of_classes_is_no_classifier(data: Path) -> None:
+    config = configs.read("mmdet::faster_rcnn/faster-rcnn_r50_fpn_fcos-rpn_1x_coco.py")
+    trained = Trained(Path("theirs.pth"), {}, {}, None, config)
+    assert len(predict.class_names(trained)) == 80
+    configs.set_data(config, data)
+    assert (config.model.rpn_head.num_classes, config.model.roi_head.bbox_head.num_classes) == (1, 10)
+    assert len(predict.class_names(trained)) == 10
 
 
 def test_a_box_a_mask_and_the_title_are_drawn(tmp_path: Path) -> None:

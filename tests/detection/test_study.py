@@ -11,6 +11,7 @@ import pytest
 
 from nm_sparsity.core import SparsityError, verify
 from nm_sparsity.core.experiments.conduct import conduct
+from nm_sparsity.detection import config as configs
 from nm_sparsity.detection import demo, evaluate, study, train
 from nm_sparsity.detection.study import DetectionStudy
 
@@ -73,6 +74,33 @@ def test_a_run_is_trained_as_the_study_says(data: Path, tmp_path: Path, capsys: 
     assert f"load_from = '{tmp_path}/dense-seed1/epoch_6.pth'" in printed
     for line in ("method='asp'", "pattern='2:8'", "max_epochs=6", "T_max=6", "val_interval=1"):
         assert line in printed
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ("mask_rcnn_r50_fpn_2x_coco_2to4", ["1.begin=0", "1.end=6", "1.milestones=[4, 5]"]),
+        ("mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py", ["1.begin=3", "1.end=6", "1.T_max=3"]),
+        ("tiny_faster_rcnn", ["1.T_max=6"]),
+    ],
+)
+def test_the_schedules_of_any_config_fit_the_length_of_a_run(
+    data: Path, capsys: pytest.CaptureFixture[str], config: str, expected: list[str]
+) -> None:
+    one = DetectionStudy(data=data, config=config)
+    training = one.commands(one.run("ste", 0, "2:4"))[0]
+    assert [word for word in training if word.startswith("param_scheduler")] == [
+        f"param_scheduler.{entry}" for entry in expected
+    ]
+    assert train.main([*training[1:], "--print-config"]) == 0
+
+
+def test_a_config_that_counts_no_epochs_is_refused_before_pictures_are_made(tmp_path: Path) -> None:
+    loop = "train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=9)"
+    (tmp_path / "mine.py").write_text(f"_base_ = '{configs.FOLDER}/tiny_mask_rcnn.py'\n{loop}")
+    with pytest.raises(SparsityError, match=r"mine\.py does not train by epochs \(train_cfg\.max_epochs\)"):
+        DetectionStudy(data=tmp_path / "data", config=str(tmp_path / "mine.py")).prepare()
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_detector_without_masks_has_no_mask_ap() -> None:

@@ -41,7 +41,8 @@ def accelerate(checkpoint: Path, model: nn.Module, x: Tensor, out: Path, dtype: 
         shape = "x".join(map(str, x.shape))
         reason = first_line(error)
         raise SparsityError(f"the model does not take an input of {shape} ({x.dtype}): {reason}") from error
-    packed = save_packed(out / f"{checkpoint.stem}.safetensors", checkpoint)
+    # Never the name of the checkpoint, which may be of safetensors and lie in `out`.
+    packed = save_packed(out / f"{checkpoint.stem}.packed.safetensors", checkpoint)
     same = all(torch.equal(value, state[name]) for name, value in load_packed(packed).items())
     dense_bytes = sum(value.nbytes for value in state.values())
     size = packed.stat().st_size

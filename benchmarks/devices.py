@@ -54,6 +54,14 @@ class Device:
             raise SparsityError(f"{self.name} has no tensor cores for fp8: they came with compute capability 8.9")
         self.peak(DTYPES[dtype].itemsize)
 
+    def why_not(self, dtype: str) -> str:
+        """What `check` says against `dtype`; empty if nothing."""
+        try:
+            self.check(dtype)
+        except SparsityError as error:
+            return str(error)
+        return ""
+
     def peak(self, itemsize: int) -> float:
         """Dense FLOP/s for operands of `itemsize` bytes."""
         tflops = self.half_tflops if itemsize == 2 else self.byte_tops

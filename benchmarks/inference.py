@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (known := devices.present(device)) is not None:
         for name, batch, dtype in whole_models.MODELS:
             print(f"\n{name}, batch {batch}, {dtype}, on {known.name}")
+            if reason := known.why_not(dtype):
+                print(reason)
+                continue
             found_here = plan.measurements(known, dtype, (args.out,))
             print(plan.for_workload(name, batch, known, dtype=dtype, measured=found_here))
     if failed:

@@ -55,6 +55,10 @@ class Machine:
         """This machine, with `device`."""
         return cls(device, devices.present(device), graph=CudaGraph if device.type == "cuda" else None)
 
+    def known_for(self, dtype: str) -> Device | None:
+        """The data sheet, if it has tensor cores for `dtype`: without them there is no ceiling."""
+        return self.known if self.known is not None and not self.known.why_not(dtype) else None
+
     def compare(self, calls: Mapping[tuple[str, str], Call], rounds: int) -> dict[tuple[str, str], timing.Timing]:
         """The timing of each of `calls`, which have the key (how, launch)."""
         timings = timing.compare({"|".join(key): c for key, c in calls.items()}, self.device, rounds, clock=self.clock)
@@ -174,7 +178,8 @@ def measure(
                 missing[how, "graph"] = f"cannot be captured: {first_line(error)}"
     timings = machine.compare(calls, rounds)
 
-    ceiling = product.ceiling(machine.known) if machine.known else None
+    known = machine.known_for(dtype)
+    ceiling = product.ceiling(known) if known else None
     for how, launch in [*calls, *missing]:
         row: Row = {**head, "how": how, "launch": launch}
         if (how, launch) in missing:

@@ -81,9 +81,9 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The name of its file without the suffix: ``<what>_<device>_<torch>_<date>``."""
-        date = datetime.fromisoformat(self.environment["time"]).strftime("%Y-%m-%d")
-        return f"{self.what}_{slug(self.device)}_{str(self.environment['torch']).partition('+')[0]}_{date}"
+        """The name of its file without the suffix: ``<what>_<device>_<torch>_<time>``, another one for every run."""
+        time = datetime.fromisoformat(self.environment["time"]).strftime("%Y-%m-%d-%H%M%S")
+        return f"{self.what}_{slug(self.device)}_{str(self.environment['torch']).partition('+')[0]}_{time}"
 
     def save(self, folder: str | Path) -> Path:
         """Write ``<name>.json`` into `folder`.
@@ -168,13 +168,15 @@ def choose_device(name: str) -> torch.device:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every benchmark has."""
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default)")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds: does it run?")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds, into OUT/quick: does it run?")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--out", default=DEFAULT_FOLDER, help=f"folder for the result files (default {DEFAULT_FOLDER})")
 
 
 def set_up(args: argparse.Namespace) -> torch.device:
     """The device to measure on, with the threads set, before anything records the environment.
+
+    Quick results go to a folder of their own in ``args.out``, where nobody takes them for those of a whole run.
 
     Raises:
         SparsityError: for a number out of range (also of --rounds and --minutes, where there are), or a device that is
@@ -186,6 +188,8 @@ def set_up(args: argparse.Namespace) -> torch.device:
     minutes = getattr(args, "minutes", None)
     if minutes is not None and not minutes > 0:
         raise SparsityError("--minutes must be above 0")
+    if args.quick:
+        args.out = str(Path(args.out) / "quick")
     return settle(choose_device(args.device), args.threads)
 
 

@@ -72,6 +72,8 @@ def measure(result: Result, name: str, batch: int, dtype: str, machine: Machine,
         reference = base(inputs[0]).double()
     if dtype == "fp8":
         float8.convert(base, inputs[0])
+    known = machine.known_for(dtype)
+    ceiling = plan.for_workload(name, batch, known, dtype=dtype).ceiling if known else None
 
     calls: dict[tuple[str, str], Call] = {}
     rows: dict[tuple[str, str], Row] = {}
@@ -98,7 +100,6 @@ def measure(result: Result, name: str, batch: int, dtype: str, machine: Machine,
                 continue
             calls[how, launch], rows[how, launch] = call, {"error": deviation, **notes}
     timings = machine.compare(calls, rounds)
-    ceiling = plan.for_workload(name, batch, machine.known, dtype=dtype).ceiling if machine.known else None
     best_dense = min((t for (how, _), t in timings.items() if how == "dense"), key=lambda t: t.median, default=None)
     for (how, launch), row in rows.items():
         if "not_run" not in row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -102,14 +102,20 @@ def why_not_layer(module: nn.Module, name: str, shape: Sequence[int], dtype: tor
     if isinstance(module, nn.Conv2d):
         if tuple(shape[2:]) != (1, 1) or module.groups != 1 or module.padding not in _NO_PADDING:
             return "torch has no 2:4 convolution but the plain 1 x 1"
-        original: Callable[..., Any] = nn.Conv2d.forward
+        base: type[nn.Module] = nn.Conv2d
     elif isinstance(module, nn.Linear):
-        original = nn.Linear.forward
+        base = nn.Linear
     else:
         return f"torch has no 2:4 {type(module).__name__}"
-    if type(module).forward is not original or name != "weight":
+    if _computes_otherwise(module, base) or name != "weight":
         return f"{type(module).__name__} computes in its own way"
     return backend.why_not_matrix(shape, dtype)
+
+
+def _computes_otherwise(module: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether `module`, or its class, has another of the methods that `base` computes by."""
+    kind, methods = type(module), ("__call__", "forward", "_conv_forward")
+    return "forward" in vars(module) or any(getattr(kind, m, None) is not getattr(base, m, None) for m in methods)
 
 
 def _why_not_2to4(name: str, param: Tensor, placement: Placement | None) -> str:

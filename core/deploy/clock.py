@@ -24,13 +24,14 @@ def seconds(call: Call, device: torch.device, calls: int) -> float:
         for i in range(calls):
             call(i)
         return (time.perf_counter() - start) / calls
-    torch.cuda.synchronize(device)
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    first.record()
-    for i in range(calls):
-        call(i)
-    last.record()
-    last.synchronize()
+    with torch.cuda.device(device):  # events are recorded on the current one
+        torch.cuda.synchronize()
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        for i in range(calls):
+            call(i)
+        last.record()
+        last.synchronize()
     milliseconds: float = first.elapsed_time(last)
     return milliseconds / 1e3 / calls
 
@@ -51,20 +52,22 @@ class CudaGraph:
     """`calls` calls of a function captured as one CUDA graph, replayed by calling this; it counts for all of them.
 
     Without launches from Python between the kernels: what a small product costs on the GPU alone.
+    All of them work on `device`, by default the current one.
     """
 
-    def __init__(self, call: Call, calls: int) -> None:
+    def __init__(self, call: Call, calls: int, device: torch.device | None = None) -> None:
         self.calls = calls
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for i in range(3):
-                call(i)
-        torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for i in range(calls):
-                call(i)
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for i in range(3):
+                    call(i)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph, stream=stream):  # torch's own is of the device that was current first
+                for i in range(calls):
+                    call(i)
 
     def __call__(self, _: int) -> None:
         self._graph.replay()

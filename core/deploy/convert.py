@@ -42,9 +42,10 @@ def to_semi_structured(
     """Let the layers of a finalized `model` run 2:4 where they gain, in place, for inference on its GPU.
 
     Eligible are `nn.Linear` and 1 x 1 `nn.Conv2d`, fp16 or bf16, of a shape that the backend takes. Each is timed dense
-    and 2:4 on inputs like those that it gets from the example, and stays dense where 2:4 does not gain. In an
-    `nn.Sequential`, a ReLU or a tanh GELU behind it becomes part of the product. Save checkpoints before: compressed
-    weights are no dense ones. Works under `torch.compile` and CUDA graphs. A failure leaves the model as it was.
+    and 2:4 on inputs like those that it gets from the example, and stays dense where 2:4 does not gain. A ReLU or a
+    tanh GELU behind it in an `nn.Sequential` becomes part of the product, if the example shows that no one else calls
+    the layer. Save checkpoints before: compressed weights are no dense ones. Works under `torch.compile` and CUDA
+    graphs. A failure leaves the model as it was.
 
     Args:
         example_inputs: an argument of the model, a tuple of them, or a mapping for named ones; of the batch size and
@@ -153,6 +154,7 @@ def _note_calls(model: nn.Module, eligible: list[Candidate], example: Any, token
     if example is None:
         for candidate in eligible:
             candidate.calls = {_input(candidate, tokens): 1}
+            candidate.activation, candidate.follows = "", None  # the layer may be called by itself, too
         return
     holders = {id(candidate.follows[0]): candidate.follows[0] for candidate in eligible if candidate.follows}
     noted = [*(candidate.layer for candidate in eligible), *holders.values()]
@@ -183,18 +185,20 @@ def _trial(
     candidate: Candidate, backend: Backend, algorithms: tuple[int, ...], launch: str | None, clock: Clock
 ) -> _Trial:
     """Check the layer's 2:4 form, with the activation if the library takes it, and time it if there is a `launch`."""
-    layer, calls, why = candidate.layer, candidate.calls, ""
-    weight = compressed(layer, backend).weight
+    layer, calls, weight, why = candidate.layer, candidate.calls, None, ""
     for activation in dict.fromkeys((candidate.activation, "")):
-        sparse = compressed(layer, backend, algorithms, activation, weight)
         try:
+            sparse = compressed(layer, backend, algorithms, activation, weight)
+            weight = sparse.weight
             error = measuring.deviation(layer, sparse, activation, calls)
             if error > measuring.TOLERANCE:
                 return _Trial(why=f"its 2:4 product is wrong: relative error {error:.2g}")
             if launch is None:
                 return _Trial(activation)
             times = measuring.compare(layer, sparse, activation, calls, launch, clock)
-        except CuSparseLtError as refused:
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # not the layer's fault: of the memory, or of a device that runs nothing any more
+        except (CuSparseLtError, RuntimeError) as refused:  # torch's own calls raise the latter
             why = first_line(refused)
             continue
         if times.speedup >= measuring.MARGIN:

@@ -77,7 +77,8 @@ def calls_of(model: nn.Module, layers: Iterable[nn.Module], example: object, dev
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it goes past the layers, which converted ones do not
     try:
-        with evaluating(model):
+        # What was compiled before would go past the hooks.
+        with evaluating(model), torch.compiler.set_stance("force_eager"):
             run(model, example, device)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -147,7 +148,7 @@ def _in_turn(
 ) -> tuple[float, ...]:
     """The median seconds of each call."""
     graphs = launch == "graph" and device.type == "cuda"
-    launched = [CudaGraph(call, IN_A_GRAPH) if graphs else call for call in calls]
+    launched = [CudaGraph(call, IN_A_GRAPH, device) if graphs else call for call in calls]
     each, divisor = (2, IN_A_GRAPH) if graphs else (IN_A_ROW, 1)
     samples: list[list[float]] = [[] for _ in launched]
     for call in launched:

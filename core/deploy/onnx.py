@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nm_sparsity.core.deploy.child import first_line
 from nm_sparsity.core.errors import SparsityError
 from nm_sparsity.core.model.layers import sparse_layers
 from nm_sparsity.core.model.modes import evaluating
@@ -22,7 +23,8 @@ def to_onnx(model: nn.Module, inputs: tuple[Any, ...], path: str | Path, **optio
         options: for `torch.onnx.export`, e.g. ``dynamic_shapes``.
 
     Raises:
-        SparsityError: if the model is not finalized, or the packages onnx and onnxscript are missing.
+        SparsityError: if the model is not finalized, torch cannot export it, or the packages onnx and onnxscript are
+            missing.
     """
     model = unwrap(model)
     if any(True for _ in sparse_layers(model)):
@@ -41,4 +43,7 @@ def to_onnx(model: nn.Module, inputs: tuple[Any, ...], path: str | Path, **optio
             torch.onnx.export(model, inputs, str(path), dynamo=True, verbose=False, **options)
     except OSError as error:
         raise SparsityError(f"cannot write {path}: {error.strerror or error}") from error
+    except torch.onnx.OnnxExporterError as error:
+        cause = first_line(error.__cause__ or error)  # its own message is of many lines, about torch
+        raise SparsityError(f"torch cannot export {type(model).__name__} to ONNX: {cause}") from error
     return path

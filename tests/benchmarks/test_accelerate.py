@@ -10,6 +10,7 @@ from torch import nn
 
 from nm_sparsity.benchmarks import accelerate
 from nm_sparsity.core import finalize, sparsify
+from nm_sparsity.core.files.contents import save_safetensors
 from nm_sparsity.core.files.io import save
 from nm_sparsity.core.files.metadata import METADATA, Metadata
 
@@ -48,8 +49,20 @@ def test_every_step_reports(checkpoint: Path, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert "2 weights checked, 0 violate" in text
     assert "gives the same weights back" in text
-    assert (checkpoint.parent / "out" / "finalized.safetensors").is_file()
+    assert (checkpoint.parent / "out" / "finalized.packed.safetensors").is_file()
     assert (checkpoint.parent / "out" / "finalized.onnx").is_file()
+
+
+def test_the_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerate, "to_onnx", lambda model, inputs, path: path)
+    model = build(32)
+    sparsify(model)
+    finalize(model)
+    given = tmp_path / "finalized.safetensors"
+    save_safetensors(given, model.state_dict(), Metadata.of(model))
+    before = given.read_bytes()
+    assert run(given, "my_models:build", "[32]", "4,16", "--out", str(tmp_path)) == 0
+    assert given.read_bytes() == before
 
 
 def test_token_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

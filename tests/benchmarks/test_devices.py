@@ -82,3 +82,15 @@ def test_an_unknown_device_lists_the_known() -> None:
     assert devices.find("H100").name == "h100"
     with pytest.raises(SparsityError, match=r'unknown device "tpu"; known: v100, a10, .* rtx5090'):
         devices.find("tpu")
+
+
+def test_a_device_says_why_it_has_no_tensor_cores_for_a_dtype() -> None:
+    reasons = {name: devices.find(name).why_not("fp8") for name in ("v100", "a100", "l4", "h100")}
+    assert reasons == {
+        "v100": "v100 has no tensor cores for fp8: they came with compute capability 8.9",
+        "a100": "a100 has no tensor cores for fp8: they came with compute capability 8.9",
+        "l4": "",
+        "h100": "",
+    }
+    assert devices.find("v100").why_not("int8") == "v100 has no tensor cores for 8-bit operands"
+    assert not devices.find("a100").why_not("int8")

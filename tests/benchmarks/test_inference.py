@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 
-from nm_sparsity.benchmarks import devices, inference, models, products, timing, whole_models
+from nm_sparsity.benchmarks import devices, float8, groups, inference, models, products, timing, whole_models
 from nm_sparsity.benchmarks.devices import DTYPES, Product
 from nm_sparsity.benchmarks.products import SPARSE, Unavailable
 from nm_sparsity.benchmarks.report import Result
+from nm_sparsity.core import SparsityError
 from nm_sparsity.core.deploy.backends import Backend, CuSparseLt, Cutlass, TorchCuSparseLt
 from nm_sparsity.core.deploy.clock import Call, CudaGraph
 
@@ -233,6 +234,36 @@ def test_a_model_has_a_row_for_every_way(monkeypatch: pytest.MonkeyPatch) -> Non
     assert rows[ways[2], "eager"]["sparse_layers"] <= 5
 
 
+def refuse(*_: Any) -> Any:
+    raise SparsityError("no fp8 here")
+
+
+def test_a_gpu_without_fp8_has_rows_without_a_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On such a GPU the roofline has no peak to go by; whatever was measured is written all the same."""
+    tiny = models.Workload(lambda: models.TextEncoder(1, 64, 2, 128, 32), (6,), 32)
+    monkeypatch.setitem(models.WORKLOADS, "tiny", tiny)
+    monkeypatch.setattr(float8, "to_semi_structured", refuse)
+    result, a100 = Result("models", "a100"), replace(machine(EmulatedLt()), known=devices.find("a100"))
+    with torch.compiler.set_stance("force_eager"):
+        whole_models.measure(result, "tiny", 2, "fp8", a100, 1, timing.Budget())
+    rows = rows_of(result)
+    assert list(rows) == [("dense", "eager"), ("dense", "compiled"), ("cusparselt", "eager")]
+    assert rows["cusparselt", "eager"]["not_run"] == "no fp8 here"
+    assert {name: a100.known_for(name) is not None for name in DTYPES} == dict.fromkeys(DTYPES, True) | {"fp8": False}
+
+
+def test_the_command_plans_what_the_gpu_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(groups, "run", lambda *_: [])
+    monkeypatch.setattr(devices, "present", lambda device: devices.find("a100"))
+    monkeypatch.setattr(whole_models, "MODELS", (("resnet50", 1, "fp8"), ("resnet50", 1, "bf16")))
+    assert inference.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    fp8, bf16 = capsys.readouterr().out.split("\n\n")
+    assert fp8.endswith("on a100\na100 has no tensor cores for fp8: they came with compute capability 8.9")
+    assert "of 54 layers may pay" in bf16
+
+
 def test_layers_that_are_alike_are_compiled_once() -> None:
     compiled = []
 
@@ -279,7 +310,7 @@ def test_the_reached_part_of_a_gain() -> None:
 def test_the_command_runs_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--quick", "--device", "cpu", "--only", "products", "--rounds", "1", "--out", str(tmp_path)]
     assert inference.main(arguments) == 0
-    assert len(list(tmp_path.glob("products_*.json"))) == 1
+    assert len(list(tmp_path.glob("quick/products_*.json"))) == 1
     assert "not run: needs an NVIDIA GPU, found cpu" in capsys.readouterr().out
     assert inference.main(["--rounds", "0"]) == 1
     assert "error: --rounds must be at least 1" in capsys.readouterr().err

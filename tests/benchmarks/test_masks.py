@@ -58,7 +58,7 @@ def test_a_small_run_writes_its_rows(
     monkeypatch.setattr(models, "layer_set", lambda name: [(64, 32, 1, 1), (32, 64, 3, 3)])
     monkeypatch.setattr(masks, "SIZES", (1,))
     assert masks.main(["--quick", "--device", "cpu", "--rounds", "1", "--threads", "2", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("masks_*.json")
+    (path,) = tmp_path.glob("quick/masks_*.json")
     rows = Result.load(path).rows
     copies = [row for row in rows if row["how"] == "copy"]
     assert all(row["x copy"] == 1 for row in copies)

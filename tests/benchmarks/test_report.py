@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -26,8 +27,21 @@ def example(what: str = "masks", device: str = "A Chip (TM) 9") -> Result:
 def test_a_result_comes_back_and_its_name_says_what_it_is(tmp_path: Path) -> None:
     result = example()
     path = result.save(tmp_path / "new")
-    assert path.name == "masks_a-chip-tm-9_2.14.1_2026-01-02.json"
+    assert path.name == "masks_a-chip-tm-9_2.14.1_2026-01-02-030405.json"
     assert Result.load(path) == result
+
+
+def test_another_run_of_the_day_and_quick_ones_replace_nothing(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    for quick, time in (([], "03:04:05"), ([], "17:04:05"), (["--quick"], "20:04:05")):
+        args = parser.parse_args(["--device", "cpu", "--out", str(tmp_path), *quick])
+        report.set_up(args)
+        result = example()
+        result.environment["time"] = f"2026-01-02T{time}+00:00"
+        result.save(args.out)
+    assert [path.stem[-6:] for path in sorted(tmp_path.glob("*.json"))] == ["030405", "170405"]
+    assert len(list(tmp_path.glob("quick/*.json"))) == 1
 
 
 def test_the_table_shows_what_was_not_run() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -69,15 +71,22 @@ def test_a_graph_counts_for_the_calls_in_it() -> None:
     assert timing.compare({"graph": Replay()}, CPU, rounds=3, clock=clock)["graph"].samples == (0.5, 0.5, 0.5)
 
 
-@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("device", [CPU, CUDA, torch.device("cuda", 1)], ids=str)
 def test_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    clock = FakeClock()
+    clock, current = FakeClock(), [torch.device("cuda", 0)]
+
+    @contextmanager
+    def switch(to: torch.device) -> Iterator[None]:
+        current.append(to)
+        yield
+        current.pop()
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
+            assert current[-1] == device
             self.at = clock.now
 
         def synchronize(self) -> None:
@@ -88,7 +97,8 @@ def test_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch, device: torch.devi
 
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert seconds(clock.task("a", 0.25), device, 4) == pytest.approx(0.25)
 
 

@@ -72,7 +72,7 @@ def test_the_same_layers_are_converted(tiny: None) -> None:
 
 def test_a_run_has_a_row_for_every_variant(tiny: None, tmp_path: Path) -> None:
     assert training.main(["--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("training_*.json")
+    (path,) = tmp_path.glob("quick/training_*.json")
     rows = Result.load(path).rows
     assert [row["variant"] for row in rows[: len(training.VARIANTS)]] == list(training.VARIANTS)
     assert rows[0]["overhead"] == 0

@@ -149,6 +149,23 @@ def test_an_activation_stays_whose_layer_is_called_by_itself(stand_in: Path) -> 
     close(model, dense, x)
 
 
+@pytest.mark.parametrize("shown", [True, False], ids=["by the example", "without one"])
+def test_an_activation_stays_whose_layer_is_called_alone_as_well(stand_in: Path, shown: bool) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ffn = finalized(nn.Linear(64, 64), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.ffn[0](x) + self.ffn(x)
+            return y
+
+    model, x = Both(), torch.randn(5, 64).bfloat16()
+    dense = copy.deepcopy(model)
+    assert convert(model, x if shown else None, clock=clock_of(2)).converted == ("ffn.0.weight",)
+    close(model, dense, x)
+
+
 def test_an_activation_that_the_library_refuses_stays(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STAND_IN_NO_GELU", "1")
     model = finalized(nn.Linear(64, 32), nn.GELU("tanh"))
@@ -195,6 +212,25 @@ def test_examples_of_several_arguments(stand_in: Path, named: bool) -> None:
     assert report.converted == ("used.weight",)
 
 
+def test_a_model_that_was_compiled_before_is_seen_through(stand_in: Path) -> None:
+    model, x = finalized(nn.Linear(64, 32), nn.Linear(32, 32)), torch.randn(4, 64).bfloat16()
+    dense = copy.deepcopy(model)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(x)
+    assert convert(model, x, clock=clock_of(2, 2)).converted == ("0.weight", "1.weight")
+    close(model, dense, x)
+
+
+def test_a_layer_whose_forward_was_replaced_stays_dense(stand_in: Path) -> None:
+    model, x = finalized(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(4, 64).bfloat16()
+    model[0].forward = lambda x: 2 * nn.Linear.forward(model[0], x)
+    dense = copy.deepcopy(model)
+    report = convert(model, x, clock=clock_of(2))
+    assert [row.note for row in report.rows] == ["Linear computes in its own way", ""]
+    close(model, dense, x)
+
+
 def test_under_autocast_a_layer_stays_dense(stand_in: Path) -> None:
     model = finalized(nn.Linear(32, 32))
     with torch.autocast("cpu", torch.bfloat16):
@@ -216,6 +252,32 @@ def test_what_the_library_refuses_or_computes_wrong_stays_dense(
         assert report.rows[0].note.startswith(note)
         assert not report.converted
         assert type(model[0]) is nn.Linear
+
+
+class Refusing(OnHost):
+    """Does not compress weights of 48 rows, and says so as torch's calls do."""
+
+    error: type[RuntimeError] = RuntimeError
+
+    def compress(self, matrix: Tensor) -> Any:
+        if len(matrix) == 48:
+            raise self.error("CUDA error: operation not supported\nmore")
+        return super().compress(matrix)
+
+
+def test_a_layer_that_torch_refuses_does_not_keep_the_others_dense(stand_in: Path) -> None:
+    model = finalized(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64))
+    dense, x = copy.deepcopy(model), torch.randn(8, 64).bfloat16()
+    report = to_semi_structured(model, x, backend=Refusing(), algorithms=False, clock=clock_of(2))
+    assert [row.note for row in report.rows] == ["CUDA error: operation not supported", ""]
+    assert report.converted == ("2.weight",)
+    close(model, dense, x)
+
+    broken = Refusing()
+    broken.error = torch.AcceleratorError  # after which the device runs nothing
+    with pytest.raises(torch.AcceleratorError):
+        to_semi_structured(dense, x, backend=broken, algorithms=False)
+    assert type(dense[2]) is nn.Linear
 
 
 def test_algorithms_come_from_the_cache(stand_in: Path) -> None:

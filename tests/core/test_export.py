@@ -226,6 +226,17 @@ class OwnForward(nn.Linear):
         return super().forward(x) * 2
 
 
+class OwnCall(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = super().__call__(x) * 2
+        return y
+
+
+class OwnProduct(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight * 2, bias)
+
+
 @pytest.mark.parametrize(
     ("module", "dtype", "backend", "expected"),
     [
@@ -239,6 +250,8 @@ class OwnForward(nn.Linear):
         (nn.ConvTranspose2d(64, 64, 1), torch.float16, "cusparselt", "no 2:4 ConvTranspose2d"),
         (nn.Conv1d(64, 64, 1), torch.float16, "cusparselt", "no 2:4 Conv1d"),
         (OwnForward(64, 64), torch.float16, "cusparselt", "OwnForward computes in its own way"),
+        (OwnCall(64, 64), torch.float16, "cusparselt", "OwnCall computes in its own way"),
+        (OwnProduct(64, 64, 1), torch.float16, "cusparselt", "OwnProduct computes in its own way"),
         (nn.MultiheadAttention(64, 4).out_proj, torch.float16, "cusparselt", "MultiheadAttention uses it"),
     ],
 )
@@ -306,6 +319,20 @@ def test_onnx_keeps_the_zeros_and_the_answers(tmp_path: Path) -> None:
     weights = [torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in onnx.load(path).graph.initializer]
     zeros = sorted(int((w == 0).sum()) for w in weights if w.dim() > 1)
     assert zeros == sorted(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
+
+
+class Branching(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 0 else x
+
+
+@pytest.mark.slow
+def test_a_model_that_torch_cannot_export_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    with pytest.raises(SparsityError, match=r"torch cannot export Branching to ONNX: .*data-dependent") as error:
+        to_onnx(Branching(8, 8), (torch.ones(2, 8),), tmp_path / "model.onnx")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_onnx_refuses_a_model_in_training(tmp_path: Path) -> None:

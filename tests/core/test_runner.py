@@ -153,6 +153,17 @@ def test_a_way_that_is_wrong_or_does_not_compile_does_not_run(stand_in: Path, mo
     assert fast.report.notes[0] == "dense, compiled: does not run here: RuntimeError: no compiler"
 
 
+@pytest.mark.parametrize("layer", [2.0, 0.5], ids=["2:4", "dense"])
+def test_what_runs_stays_as_it_is_when_the_model_is_cast(stand_in: Path, layer: float) -> None:
+    model, x = net(), torch.randn(10, 32).bfloat16()
+    options: dict[str, Any] = {"backend": OnHost(), "cache": known(), "compiler": fast_compiler}
+    fast = accelerate(model, x, clock=clock_of(layer, 4e-3, 3e-3, *([2e-3] if layer > 1 else [])), **options)
+    assert fast.report.runs == ("2:4, compiled" if layer > 1 else "dense, compiled")
+    expected = fast(x)
+    model.float()
+    same(fast(x), expected)
+
+
 def test_repeated_blocks_are_compiled_as_one() -> None:
     graphs = []
 
@@ -167,6 +178,15 @@ def test_repeated_blocks_are_compiled_as_one() -> None:
     small = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     runner.compile_blocks(small)
     assert small._compiled_call_impl is not None
+
+
+def test_a_model_that_is_more_than_its_repeated_blocks_is_compiled_as_a_whole() -> None:
+    unequal = nn.Sequential(*(nn.Sequential(*(Block() for _ in range(count))) for count in (3, 4)))
+    pairs = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]) for _ in range(4))
+    for model in (unequal, nn.Sequential(nn.Linear(4, 4), pairs)):
+        runner.compile_blocks(model)
+        assert model._compiled_call_impl is not None
+        assert all(module._compiled_call_impl is None for module in model.modules() if module is not model)
 
 
 def test_bad_input_is_one_line(stand_in: Path) -> None:
@@ -198,6 +218,42 @@ def test_outputs_that_cannot_be_compared_are_refused(stand_in: Path) -> None:
     finalize(model)
     with pytest.raises(SparsityError, match="the model gives a Hidden, in which outputs cannot be compared"):
         accelerate(model.bfloat16(), torch.randn(4, 32, dtype=torch.bfloat16), backend=OnHost())
+
+
+class Ending(nn.Module):
+    """A model and what is done to its output."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net, self.end = net(), end
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.end(self.net(x)["y"])
+        return y
+
+
+def test_outputs_that_are_not_finite_are_compared_too(stand_in: Path) -> None:
+    def end(y: Tensor) -> Tensor:
+        y = y.masked_fill(torch.arange(32) % 2 == 0, -torch.inf)
+        return y.masked_fill(torch.arange(32) % 4 == 0, torch.nan)
+
+    options: dict[str, Any] = {"backend": OnHost(), "cache": known(), "compiler": lambda variant: None}
+    fast = accelerate(Ending(end), torch.randn(10, 32).bfloat16(), clock=clock_of(2.0, 4e-3, 3e-3, 2e-3), **options)
+    assert fast.report.runs == "2:4, compiled"
+    assert all(way.error < 0.02 for way in fast.report.ways)
+
+    expected = torch.tensor([1.0, -torch.inf, torch.nan])
+    assert runner._error(expected, expected) == 0.0
+    for other in ([1.0, torch.inf, torch.nan], [1.0, 0.0, torch.nan], [1.0, -torch.inf, 0.0], [torch.inf] * 3):
+        assert runner._error(torch.tensor(other), expected) == torch.inf
+    assert runner._error(torch.tensor([torch.nan, 0.0]), torch.tensor([1.0, 0.0])) == torch.inf
+
+
+def test_outputs_that_change_from_call_to_call_are_refused(stand_in: Path) -> None:
+    model, x = Ending(torch.randn_like), torch.randn(10, 32).bfloat16()
+    options: dict[str, Any] = {"backend": OnHost(), "cache": known(), "compiler": lambda variant: None}
+    with pytest.raises(SparsityError, match="Ending gives other outputs for the same inputs at the next call"):
+        accelerate(model, x, clock=clock_of(2.0, 4e-3, 3e-3, 2e-3), **options)
 
 
 def test_only_what_its_text_tells_may_be_in_a_graph() -> None:

@@ -7,7 +7,6 @@ interrupted: the order of an epoch and the augmentation of each part of a batch 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from nm_sparsity.classification import distributed
 from nm_sparsity.classification.configs import ClassifierConfig, DataConfig
 from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments import fashion_mnist
+from nm_sparsity.core.experiments.command_line import leave_stops
 from nm_sparsity.core.experiments.images import EXTENSIONS, image_files, opened
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -90,12 +90,16 @@ def _some(train: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], count: int 
     """`count` of the indices `train`, the same share of each class; all of them for ``None``.
 
     Raises:
-        SparsityError: if there are fewer.
+        SparsityError: if there are fewer, or some class would have none on one side.
     """
     if count is None or count == len(train):
         return train
-    if count > len(train):
-        raise SparsityError(f"data.images is {count}, but there are {len(train)} training images")
+    classes = len(np.unique(labels[train]))
+    if not classes <= count <= len(train) - classes:
+        raise SparsityError(
+            f"data.images is {count}, expected {classes} (one of each class) to {len(train) - classes}, or all "
+            f"{len(train)} training images"
+        )
     return train[stratified(labels[train], count)[0]]
 
 
@@ -121,10 +125,16 @@ def train_batches(
     return ([next(loaded) for _ in mine] for _ in range(first_step, steps_per_epoch(images, config)))
 
 
-def eval_batches(images: Images, config: ClassifierConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's share of `images`, each exactly once over all processes."""
+def eval_batches(images: Images, config: ClassifierConfig, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's share of `images`, each exactly once over all processes.
+
+    Args:
+        size: images at once. By default as many as in training; where those are few four times as many, up to 256,
+            since without gradients they take less memory.
+    """
     mine = list(range(len(images)))[distributed.rank() :: distributed.world()]
-    size = max(part_size(config), 256)
+    part = max(config.batch_size // (distributed.world() * config.accumulation), 1)
+    size = size or max(part, min(4 * part, 256))
     return _load(images, [Part(mine[i : i + size]) for i in range(0, len(mine), size)], config)
 
 
@@ -158,17 +168,12 @@ def _load(images: Images, parts: Sequence[Part], config: ClassifierConfig) -> It
         generator=torch.Generator(),  # its own, so that making a loader leaves the global one alone
         num_workers=min(config.data.workers, len(parts), len(os.sched_getaffinity(0))),
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
-        worker_init_fn=_leave_interrupts,
+        worker_init_fn=leave_stops,
     )
     for batch in loader:
         if isinstance(batch, SparsityError):
             raise batch
         yield batch[0], batch[1]
-
-
-def _leave_interrupts(_: int) -> None:
-    """Ctrl-C goes to all processes of a terminal; the one that trains decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _seed(*position: int) -> int:

@@ -29,14 +29,20 @@ def processes(device: str) -> Iterator[torch.device]:
     """A block that joins torchrun's processes, if there are any; yields the device this process works on.
 
     Raises:
-        SparsityError: for a device that is not there.
+        SparsityError: for a device that is not there, or for more processes than GPUs.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise SparsityError(f'device must be auto, cpu or cuda, found "{device}"')
     if device == "cuda" and not torch.cuda.is_available():
         raise SparsityError("device is cuda, but torch sees no CUDA device; leave --device out to train on the CPU")
     cuda = device != "cpu" and torch.cuda.is_available()
-    here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local >= (there := torch.cuda.device_count()):
+        raise SparsityError(
+            f"process {local} of this machine finds no GPU: torch sees {there}; start as many, with torchrun's "
+            f"--nproc-per-node {there}, or compute on the CPU with --device cpu"
+        )
+    here = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(here)
         torch.backends.cudnn.benchmark = True  # batches keep their shape

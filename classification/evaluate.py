@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from nm_sparsity.classification import distributed
 from nm_sparsity.classification.checkpoints import Trained
 from nm_sparsity.classification.data import eval_batches, load_splits
-from nm_sparsity.core import frozen
+from nm_sparsity.core import SparsityError, frozen
 from nm_sparsity.core.experiments.command_line import command_line, present_names
 from nm_sparsity.core.experiments.folders import results_folder, what_was_written
 from nm_sparsity.core.experiments.run import EVALUATION, write_json
@@ -118,13 +118,17 @@ class Arguments:
     split: Literal["test", "val"] = "test"
     """The images to report on, or those held out to choose on."""
     batch_size: int | None = None
-    """Images in an evaluation step, if not the config's."""
+    """Images that a process takes at once; by default as many as the run itself takes in its evaluations."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     json: bool = False
     """Print JSON, with every class and the whole confusion matrix."""
     out: Path | None = None
     """A folder for that JSON, evaluation.json; by default that of a run on its own test images, else none."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise SparsityError(f"batch_size must be at least 1, found {self.batch_size}")
 
     @property
     def as_it_stands(self) -> Path | None:
@@ -188,13 +192,13 @@ def evaluate_checkpoint(arguments: Arguments, device: torch.device) -> Evaluatio
     config = trained.config
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, root=arguments.data))
-    batch_size = config.batch_size if arguments.batch_size is None else arguments.batch_size
-    config = replace(config, device=arguments.device, batch_size=batch_size, accumulation=1)
+    config = replace(config, device=arguments.device)
     splits = load_splits(config.data)
     trained.check_names(splits.names)
     model = trained.model(splits.classes).to(device)
     images = splits.test if arguments.split == "test" else splits.val
-    found, confusion = count(model, eval_batches(images, config), device, splits.classes, config.amp)
+    batches = eval_batches(images, config, arguments.batch_size)
+    found, confusion = count(model, batches, device, splits.classes, config.amp)
     return Evaluation(found, splits.names, confusion)
 
 

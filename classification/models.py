@@ -16,6 +16,7 @@ from nm_sparsity.core.experiments import user_model
 from nm_sparsity.core.experiments.user_model import Arguments
 from nm_sparsity.core.files.checkpoint import restore
 from nm_sparsity.core.files.io import load
+from nm_sparsity.core.files.metadata import find_parts
 
 SMALL: dict[str, tuple[Sequence[int], int]] = {
     "resnet8_small": ((1, 1, 1), 16),
@@ -45,9 +46,10 @@ def build(name: str, classes: int, arguments: Arguments = ()) -> nn.Module:
             f'unknown model "{name}"; known models: {", ".join([*SMALL, *known])}; '
             "for a model of your own write package.module:function"
         )
-    # These two return a tuple in training unless told not to.
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    model: nn.Module = get_model(name, num_classes=classes, **options)
+    # These two return a tuple in training unless told not to. Their trained weights take images scaled as here, which
+    # no state dict says: so they are scaled whatever the weights come from.
+    theirs = {"aux_logits": False, "init_weights": True, "transform_input": True}
+    model: nn.Module = get_model(name, num_classes=classes, **(theirs if name in ("googlenet", "inception_v3") else {}))
     return model
 
 
@@ -102,12 +104,8 @@ def load_pretrained(model: nn.Module, name: str, source: str) -> list[str]:
 def _state_dict(name: str, source: str) -> dict[str, Tensor]:
     path = Path(source)
     if path.is_file():
-        content = load(path)
-        state = content.get("state_dict", content) if isinstance(content, dict) else content
-        if not isinstance(state, dict):
-            raise SparsityError(f"{path} holds no state_dict but a {type(content).__name__}")
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    if name in SMALL:
+        return find_parts(load(path), path)[0]
+    if name not in list_models(module=torchvision.models):
         raise SparsityError(f'"{source}" is not a file, and torchvision has no trained {name}; give a state_dict file')
     known = get_model_weights(name)
     if source != "DEFAULT" and source not in known.__members__:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,8 @@ def predict(arguments: Arguments, device: torch.device) -> Iterator[tuple[Path, 
     files = [file for path in arguments.pictures for file in named_images(path)]
     trained = Trained.open(arguments.path, arguments.config, arguments.model)
     known = trained.names or class_names(trained.config.data)
-    last = list(trained.state.values())[-1]
+    held = [value for value in trained.state.values() if isinstance(value, Tensor) and value.dim()]
+    last: Sized = held[-1] if held else ()  # the classifier's, in most models
     names = named_classes(arguments.classes, known, len(trained.names or last), trained.path)
     model = trained.model(len(names)).to(device)
     transform = plain_transform(trained.config.data)

@@ -1,7 +1,7 @@
 """Methods side by side: ``python -m nm_sparsity.classification.study RECIPE``.
 
-The test images are looked at once, at the end of each run. Runs that are finished are not repeated, interrupted ones
-go on.
+The test images are looked at once, at the end of each run; where there are none, no lambda is chosen. Runs that are
+finished are not repeated, interrupted ones go on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from nm_sparsity.classification import configs
 from nm_sparsity.classification.checkpoints import LATEST
 from nm_sparsity.classification.data import load_splits
 from nm_sparsity.classification.train import SUMMARY
+from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.conduct import study_command
 from nm_sparsity.core.experiments.plots import Curve
@@ -64,7 +65,13 @@ class ImageStudy(Study):
         return self.recipe
 
     def prepare(self) -> None:
-        load_splits(configs.get(self.recipe).data)  # A missing data set is one message now, not one for each run.
+        data = configs.get(self.recipe).data
+        splits = load_splits(data)  # A missing data set is one message now, not one for each run.
+        if splits.val is splits.test and any(len(by_decay) > 1 for by_decay in self.candidates().values()):
+            raise SparsityError(
+                f"{data.root} has no test part, so lambda would be chosen on the very images that are reported: add "
+                "test/CLASS/ folders, or give a single one with --decays"
+            )
 
     def commands(self, run: Run) -> list[list[str]]:
         changes = [f"--epochs={run.steps}", f"--log-every={self.log_every}"]

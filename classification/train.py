@@ -99,6 +99,10 @@ class Position:
     step: int = 0
     best: float = -1.0
     """The best top-1 on the validation images so far."""
+    loss: float = 0.0
+    """Sum of the training losses of the epoch that is not evaluated yet."""
+    losses: int = 0
+    """How many steps those are: all of the epoch's, if it was saved after its last one."""
     seconds: float = 0.0
     flips: float = 0.0
     """Sum of the flip rates of the steps at which masks were compared."""
@@ -167,7 +171,8 @@ class Trainer:
                     warn_if_strength_is_weak(self.strength)
             run.log(first, {"decay_strength_planned": self.strength, "sparse_density": self.report.sparse_density})
             try:
-                for epoch in range(first // self.steps_per_epoch, config.epochs):
+                # An epoch that was saved after its last step is evaluated first.
+                for epoch in range((first - self.position.losses) // self.steps_per_epoch, config.epochs):
                     self._epoch(epoch, run, bar)
                 return self._finish(run)
             except KeyboardInterrupt:
@@ -179,13 +184,13 @@ class Trainer:
         self.model.train()
         batches = train_batches(self.splits.train, config, epoch, here.step - epoch * self.steps_per_epoch)
         loss, since, steps = torch.zeros((), device=self.device), time.perf_counter(), 0
-        total, first = torch.zeros_like(loss), here.step
+        total = torch.tensor(here.loss, device=self.device)
         for parts in batches:
             due = (here.step + 1) % config.log_every == 0
             tracker = MaskTracker(self.model) if due and self.report.sparse else None
             step_loss = self._step(parts, self.lr[here.step])
             loss, total = loss + step_loss, total + step_loss
-            here.step, steps = here.step + 1, steps + 1
+            here.step, here.losses, steps = here.step + 1, here.losses + 1, steps + 1
             bar.update()
             if due:
                 mean = self._finite(loss / steps)
@@ -198,19 +203,18 @@ class Trainer:
                 self.console.progress(bar, here.step, mean, speed)
                 loss, since, steps = torch.zeros_like(loss), time.perf_counter(), 0
             if number := self._stopped(due):
-                self._finite(loss)
+                here.loss = self._finite(total)
                 self._save(LATEST)
                 if number == signal.SIGINT:
                     raise KeyboardInterrupt
                 self.console.stopped(STOPS[number], here.step, self.saved)
                 raise SystemExit(128 + number)
             if config.checkpoint_every and here.step % config.checkpoint_every == 0:
-                self._finite(loss)
+                here.loss = self._finite(total)
                 self._save(LATEST)
-        mean = self._finite(total / max(here.step - first, 1))
+        mean = self._finite(total) / max(here.losses, 1)
         here.seconds += time.perf_counter() - since
         accuracy = self._evaluate()
-        run.log(here.step, {"epoch": epoch + 1, "train/loss": mean, **_named("val", accuracy)})
         self.console.say(
             f"epoch {epoch + 1}/{config.epochs}: train loss {mean:.4f}, val loss {accuracy.loss:.4f}, "
             f"val top-1 {accuracy.top1:.2f}%"
@@ -218,7 +222,9 @@ class Trainer:
         yet = unfinished(self.evaluated)
         best = bool(yet) or accuracy.top1 > here.best
         here.best = -1.0 if yet else max(here.best, accuracy.top1)  # the best of those that are N:M
+        here.loss, here.losses = 0.0, 0
         self._save(LATEST, *([BEST] if best else []))
+        run.log(here.step, {"epoch": epoch + 1, "train/loss": mean, **_named("val", accuracy)})
 
     def _step(self, parts: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:
         """One optimizer step on the mean loss over `parts`, which it returns."""
@@ -339,13 +345,15 @@ class Trainer:
         model = build(config.model, self.splits.classes, parse_arguments(config.args))
         if ":" in config.model:
             self._check_shape(model)
+        if config.resume:
+            return model  # what it started from may be gone; the checkpoint has all of it
         if config.pretrained:
             if fresh := load_pretrained(model, config.model, config.pretrained):
                 self.console.say(f"{', '.join(fresh)} start untrained: {config.pretrained} is for other classes")
         elif config.init_from:
             path = find(config.init_from)
             restore(model, find_parts(load(path), path)[0])
-        elif config.sparsity.make_method().starts_trained and not config.resume:
+        elif config.sparsity.make_method().starts_trained:
             raise SparsityError(
                 f"{config.sparsity.method} prunes a trained dense model: train one (e.g. the same recipe with --method "
                 "dense) and give it with --init-from RUN, or use --pretrained"

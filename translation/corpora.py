@@ -26,25 +26,34 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 text file.
 
     Raises:
-        SparsityError: if the file is missing, empty, binary, or not UTF-8, with the line.
+        SparsityError: if the file is missing, or as `lines_in` does.
     """
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise SparsityError(f"cannot read {path}: {error.strerror}") from None
+    return lines_in(raw, path)
+
+
+def lines_in(raw: bytes, where: Path | str) -> list[str]:
+    """The lines of UTF-8 text that comes from a place called `where` in messages.
+
+    Raises:
+        SparsityError: if it is empty, binary, or not UTF-8, with the line.
+    """
     lines = []
     for number, line in enumerate(raw.removesuffix(b"\n").split(b"\n"), 1):
         if b"\0" in line:
-            raise SparsityError(f"{path}, line {number}: a binary file (NUL byte); expected UTF-8 text")
+            raise SparsityError(f"{where}, line {number}: a binary file (NUL byte); expected UTF-8 text")
         try:
             lines.append(line.decode("utf-8").removesuffix("\r"))
         except UnicodeDecodeError as error:
             raise SparsityError(
-                f"{path}, line {number}: not UTF-8 (byte {line[error.start]:#04x} at column {error.start + 1}); "
-                "convert the file first, e.g. with iconv -t UTF-8"
+                f"{where}, line {number}: not UTF-8 (byte {line[error.start]:#04x} at column {error.start + 1}); "
+                "convert it first, e.g. with iconv -t UTF-8"
             ) from None
     if not any(line.strip() for line in lines):
-        raise SparsityError(f"{path} holds no text; expected one sentence per line")
+        raise SparsityError(f"{where} holds no text; expected one sentence per line")
     return lines
 
 

@@ -15,17 +15,19 @@ import logging
 import math
 import signal
 import sys
-import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, frozen
-from nm_sparsity.core.experiments.command_line import STOPS
+from nm_sparsity.core.experiments.command_line import STOPS, Stop, leave_stops
 from nm_sparsity.core.model.strength import decay_strength
 from nm_sparsity.translation import trainer
 from nm_sparsity.translation.options import add_options, sparsity_config
@@ -79,12 +81,12 @@ class SparseTask:
     nm_stop = False
     """Set on every rank at once after one of them got a signal of `STOPS`: the update is finished, saved, and training
     ends."""
-    _nm_signal = 0
+    _nm_came = Stop()
 
     @property
     def nm_signal(self) -> int:
         """The one that came, if it came to this rank; else SIGTERM."""
-        return self._nm_signal or signal.SIGTERM
+        return self._nm_came.number or signal.SIGTERM
 
     @property
     def nm_config(self) -> Any:
@@ -122,19 +124,20 @@ class SparseTask:
         for name in FIGURES:
             if (meter := metrics.get_meter("train", name)) is not None:
                 meter.val = math.nan  # until it is measured; fairseq's None is no number for its log and TensorBoard
-        if threading.current_thread() is threading.main_thread() and not self._nm_signal:
-            for number in STOPS:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
-                    signal.signal(number, self._note)
+        if "_nm_came" not in vars(self):
+            self._nm_came = Stop()
+            self._nm_came.catch()
 
-    def _note(self, number: int, _: object) -> None:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        self._nm_signal = number
+    def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> None:
+        """fairseq's; what loads its batches leaves SIGTERM and Ctrl-C to the process that trains."""
+        super().load_dataset(split, *args, **kwargs)  # type: ignore[misc]
+        dataset = self.datasets[split]  # type: ignore[attr-defined]
+        dataset.collater = partial(_collate, dataset.collater)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's, with word of a signal among the figures that it sums over the ranks anyway."""
         loss, sample_size, logging_output = super().train_step(*args, **kwargs)  # type: ignore[misc]
-        return loss, sample_size, {**logging_output, "nm_stop": float(self._nm_signal)}
+        return loss, sample_size, {**logging_output, "nm_stop": float(self._nm_came.number)}
 
     def reduce_metrics(self, logging_outputs: list[dict[str, Any]], criterion: Any) -> None:
         """fairseq's; every rank sees the same sum here, so all stop after the same update."""
@@ -188,6 +191,13 @@ class SparseTask:
         super().load_state_dict(  # type: ignore[misc]
             {key: value for key, value in state_dict.items() if key != DICTIONARIES}
         )
+
+
+def _collate(collate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `collate` gives: the first thing that a loading process does of which fairseq lets us know."""
+    if get_worker_info() is not None:
+        leave_stops()
+    return collate(*args, **kwargs)
 
 
 @register_task("nm_translation", dataclass=add_options(TranslationConfig))

@@ -20,7 +20,7 @@ from nm_sparsity.core import SparsityError
 from nm_sparsity.core.experiments.command_line import command_line
 from nm_sparsity.core.experiments.folders import find_checkpoint
 from nm_sparsity.core.experiments.run import FINALIZED
-from nm_sparsity.translation.corpora import read_lines
+from nm_sparsity.translation.corpora import lines_in, read_lines
 from nm_sparsity.translation.prepare import Prepared, normalize
 from nm_sparsity.translation.recipes import BEST, LAST
 from nm_sparsity.translation.runs import batches, data_of, generate, load_run
@@ -109,9 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     given: Sequence[str] = options.sentences
     if options.file is not None:
-        given = list(read_lines(options.file))
+        given = read_lines(options.file)
     elif not given:
-        given = sys.stdin.read().splitlines()
+        given = lines_in(sys.stdin.buffer.read(), "the standard input")
     print("\n".join(predict(options, given)))
 
 

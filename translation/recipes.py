@@ -45,8 +45,9 @@ class TransformerConfig(RunConfig):
 
     @property
     def checkpoint_to_start_from(self) -> Path | None:
-        """The file that `init_from` stands for."""
-        return None if self.init_from is None else checkpoint_of(self.init_from)
+        """The file that `init_from` stands for; none once the run has a checkpoint of its own to go on from."""
+        begun = (self.folder / LAST).is_file()
+        return None if self.init_from is None or begun else checkpoint_of(self.init_from)
 
     def arguments(self) -> list[str]:
         """The arguments of the plain ``fairseq-train`` command that this run stands for."""

@@ -12,12 +12,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,18 +97,42 @@ def _run_fairseq(arguments: Sequence[str]) -> None:
 def _train(config: TransformerConfig, more: Sequence[str], prepared: Prepared) -> None:
     arguments = [*config.arguments(), *more]
     _check_folder(config)
-    write_json(config.folder / CONFIG, {"config": config.to_dict(), OPTIONS: list(more), "corpus": asdict(prepared)})
-    write_json(config.folder / ENVIRONMENT, environment(config.seed, PACKAGES))
-    print(shlex.join(["fairseq-train", *arguments]), flush=True)
-    _set_up_log(config.folder / LOG)
+    record = {"config": config.to_dict(), OPTIONS: list(more), "corpus": asdict(prepared)}
     module, last = "python -m nm_sparsity.translation", config.folder / LAST
-    try:
-        _run_fairseq(arguments)
-    except KeyboardInterrupt:  # before the first update, or the second one
-        left = f"{module}.train {config.folder} goes on from {last}" if last.is_file() else "nothing is saved yet"
-        print(f"{STOPS[signal.SIGINT]}; {left}", flush=True)
-        raise Stopped from None
+    with _record(config.folder / CONFIG, record, last):
+        write_json(config.folder / ENVIRONMENT, environment(config.seed, PACKAGES))
+        print(shlex.join(["fairseq-train", *arguments]), flush=True)
+        _set_up_log(config.folder / LOG)
+        try:
+            _run_fairseq(arguments)
+        except KeyboardInterrupt:  # before the first update, or the second one
+            left = f"{module}.train {config.folder} goes on from {last}" if last.is_file() else "nothing is saved yet"
+            print(f"{STOPS[signal.SIGINT]}; {left}", flush=True)
+            raise Stopped from None
     print(f"score it: {module}.evaluate {config.folder}\ntry it: {module}.predict {config.folder} 'A sentence.'")
+
+
+@contextmanager
+def _record(path: Path, record: Mapping[str, Any], checkpoint: Path) -> Iterator[None]:
+    """A block in which the file `path` holds `record`, and after it too, unless it failed before it wrote `checkpoint`.
+
+    Then the file is what it was: an option that fairseq does not know, or that our task refuses, is none that the run
+    goes on with.
+    """
+
+    def written() -> int | None:
+        return checkpoint.stat().st_mtime_ns if checkpoint.is_file() else None
+
+    before, since = path.read_bytes() if path.is_file() else b"", written()
+    write_json(path, record)
+    try:
+        yield
+    except BaseException:
+        if written() == since:
+            path.unlink()
+            if before:
+                path.write_bytes(before)
+        raise
 
 
 def _set_up_log(path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 from nm_sparsity.core.errors import SparsityError
 
@@ -85,33 +88,74 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(program, None, description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+ECHO = 1.0
+"""Seconds within which another signal is an echo of the first one: timeout, torchrun and batch systems send one to a
+process and to its group, so that it comes twice."""
+
+
+class Stop:
+    """What came of the signals of `STOPS`: the first one is noted, its echo is not heard, a later one acts at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """The one that came first; 0 if none did."""
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def catch(self) -> None:
+        """Note them from here on, but for one that the process ignores, as in the background of a shell.
+
+        Outside the main thread, where Python handles no signal, it changes nothing.
+        """
+        if threading.current_thread() is threading.main_thread():
+            handlers = {int(number): signal.getsignal(number) or signal.SIG_DFL for number in STOPS}
+            self._before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def release(self) -> None:
+        """Let them act as they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if not self.number:
+            self.number, self._since = number, now
+        elif now - self._since >= ECHO:
+            self.release()
+            signal.raise_signal(number)
+
+
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
     """A block in which a signal of `STOPS` does nothing but make what it yields return its number instead of 0.
 
-    So what cannot be left undone is finished and saved first. A second one acts at once, as it did outside. One that
-    the process ignores, as in the background of a shell, stays ignored. Outside the main thread, where Python handles
-    no signal, it changes nothing.
+    So what cannot be left undone is finished and saved first. A second one, no `ECHO`, acts at once, as it did outside.
     """
-    asked = 0
-
-    def note(number: int, _: object) -> None:
-        nonlocal asked
-        asked = number
-        signal.signal(number, before[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    handlers = {number: signal.getsignal(number) or signal.SIG_DFL for number in STOPS}
-    before = {int(number): handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, note)
+    stop = Stop()
+    stop.catch()
     try:
-        yield lambda: asked
+        yield lambda: stop.number
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        stop.release()
+
+
+def leave_stops(*_: object) -> None:
+    """In a process that loads data for the one that trains, take the signals of `STOPS` from that one only.
+
+    They go to all processes of a terminal or a batch job, and the one that trains decides what they mean; as it exits,
+    it ends the others by SIGTERM. A second call changes nothing.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and not STOPS.keys() <= signal.pthread_sigmask(signal.SIG_BLOCK, STOPS):
+        threading.Thread(target=_end_by, args=[parent.pid], daemon=True).start()
+
+
+def _end_by(parent: int) -> None:
+    while signal.sigwaitinfo(STOPS).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def say_renamed(old: str, new: str) -> None:
@@ -165,6 +209,20 @@ def gather_values(arguments: Sequence[str], lists: Sequence[str], mappings: Sequ
         else:
             found[current].append(argument)
     return [*rest, *(word for option, words in found.items() for word in (option, *words))]
+
+
+def values_of(arguments: Sequence[str], option: str) -> list[str]:
+    """What `arguments` give for `option`, as ``--option A B`` or ``--option=A``, in their order."""
+    found: list[str] = []
+    current = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            current = name == option
+            found += [value] if current and equals else []
+        elif current:
+            found.append(argument)
+    return found
 
 
 def print_next_steps(steps: Mapping[str, str]) -> None:

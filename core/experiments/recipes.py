@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Generic, Self, TypeVar, get_type_hi
 import tyro
 
 from nm_sparsity.core.errors import SparsityError
-from nm_sparsity.core.experiments.command_line import gather_values, present_names, say_renamed
+from nm_sparsity.core.experiments.command_line import gather_values, present_names, say_renamed, values_of
 from nm_sparsity.core.experiments.run import CONFIG, as_json
 from nm_sparsity.core.model.config import SparsityConfig
 from nm_sparsity.core.table import format_table
@@ -181,9 +181,12 @@ class Recipes(Generic[C]):
         base, recorded = self._get(arguments[0])
         overrides = present_names(arguments[1:], base.renamed)
         overrides = gather_values(overrides, ("--include", "--exclude"), ("--patterns", "--hyperparameters"))
-        if any(override.partition("=")[0] == "--method" for override in overrides):
+        sparsity = base.sparsity
+        if values_of(overrides, "--method")[-1:] not in ([], [sparsity.method]):
             # A recipe's hyperparameters belong to its method; another one starts from its own defaults.
-            base = replace(base, sparsity=replace(base.sparsity, decay=None, hyperparameters={}))
+            base = replace(base, sparsity=replace(sparsity, decay=None, hyperparameters={}))
+        elif "decay" in values_of(overrides, "--hyperparameters")[::2]:
+            base = replace(base, sparsity=replace(sparsity, decay=None))  # which this one takes the place of
         parse = partial(
             tyro.cli,
             type(base),

@@ -145,6 +145,18 @@ def test_another_method_leaves_the_recipes_hyperparameters_behind(capsys: pytest
         assert printed(capsys, "digits_2to4", "--method", method).sparsity.decay is None
 
 
+@pytest.mark.parametrize("given", [["--method", "sr-ste"], ["--method=sr-ste"], ["--method=ste", "--method", "sr-ste"]])
+def test_the_recipes_own_method_keeps_its_hyperparameters(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(capsys, "digits_2to4", *given) == configs.get("digits_2to4")
+    assert printed(capsys, "digits_2to4", *given, "--decay=0.3").sparsity.decay == 0.3
+
+
+def test_a_lambda_among_the_hyperparameters_takes_the_place_of_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    for given in ([], ["--method=sr-ste"]):
+        found = printed(capsys, "digits_2to4", *given, "--hyperparameters", "decay=0.5").sparsity
+        assert found.make_method().hyperparameters()["decay"] == 0.5
+
+
 def test_a_method_of_ones_own_is_configured_like_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

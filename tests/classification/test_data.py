@@ -50,6 +50,17 @@ def test_evaluation_shares_count_every_image_once(n: int, world: int) -> None:
     assert sorted(seen) == list(range(n))
 
 
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "asked", "size"),
+    [(64, 1, None, 256), (64, 8, None, 32), (8, 8, None, 4), (128, 1, None, 256), (512, 1, None, 512), (64, 1, 16, 16)],
+)
+def test_evaluation_takes_what_is_asked_for_or_little_more_than_training(
+    tiny: Tiny, batch: int, accumulation: int, asked: int | None, size: int
+) -> None:
+    batches = data.eval_batches(Numbers(600), tiny(batch_size=batch, accumulation=accumulation), asked)
+    assert [len(labels) for _, labels in batches] == [size] * (600 // size) + [600 % size] * (600 % size > 0)
+
+
 def test_an_epoch_holds_each_image_once_in_a_new_order(tiny: Tiny) -> None:
     config = tiny(batch_size=10)
     epochs = []
@@ -110,6 +121,16 @@ def test_digits_are_split_by_class_without_overlap() -> None:
     pixels = splits.train.take(list(range(1077)), augment=False)[0]
     assert float(pixels.mean()) == pytest.approx(0, abs=0.02)
     assert float(pixels.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_a_share_of_the_training_images_holds_every_class_and_leaves_some() -> None:
+    for count in (10, 500, 1067, 1077):
+        train = data.load_splits(DataConfig("digits", images=count)).train
+        labels = train.take(list(range(len(train))), augment=False)[1]
+        assert (len(labels), len(labels.unique())) == (count, 10)
+    for count in (5, 1070, 2000):
+        with pytest.raises(SparsityError, match=rf"data.images is {count}, expected 10 .* to 1067, or all 1077"):
+            data.load_splits(DataConfig("digits", images=count))
 
 
 @given(labels=st.lists(st.integers(0, 4), min_size=100, max_size=300), share=st.sampled_from([0.1, 0.2, 0.25]))
@@ -235,3 +256,14 @@ def test_a_corrupt_image_is_named(folders: Path, tiny: Tiny, workers: int, damag
         list(data.train_batches(splits.train, config, 0, 0))
     assert str(caught.value).startswith(f"{bad} cannot be read as an image (")
     assert "Traceback" not in str(caught.value)
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with (
+        pytest.raises(SparsityError, match="process 2 of this machine finds no GPU: torch sees 2; start as many"),
+        distributed.processes("auto"),
+    ):
+        pass

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from nm_sparsity.classification import evaluate
 from nm_sparsity.classification.configs import ClassifierConfig, DataConfig
@@ -88,6 +89,17 @@ def test_accuracy_is_that_of_a_plain_loop(tiny: Tiny) -> None:
         expected[int(y)][int(r[0])] += 1
     assert confusion.tolist() == expected
     assert found.loss == pytest.approx(float(-logits.log_softmax(1)[torch.arange(360), labels].mean()), rel=1e-5)
+
+
+def test_a_batch_size_is_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(build("resnet8_small", 10).state_dict(), tmp_path / "dense.pt")
+    sizes = set()
+    hook = register_module_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+    try:
+        measured(capsys, str(tmp_path / "dense.pt"), "--config", "digits_2to4", "--batch-size", "16")
+    finally:
+        hook.remove()
+    assert sizes == {16, 360 % 16}
 
 
 def test_bad_checkpoints_are_named(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import WeightsEnum, get_model
 
 from nm_sparsity.classification.models import build, load_pretrained
 from nm_sparsity.core import CheckpointError, SparsityError, sparsify
@@ -37,14 +39,14 @@ def test_an_unknown_model_lists_the_known_ones() -> None:
         build("resnet51", 10)
 
 
-@pytest.mark.parametrize("wrap", ["plain", "state_dict", "module."])
+@pytest.mark.parametrize("wrap", ["plain", "state_dict", "model", "module."])
 def test_pretrained_files_load_with_any_number_of_classes(tmp_path: Path, wrap: str) -> None:
     torch.manual_seed(0)
     state = build("resnet8_small", 10).state_dict()
     if wrap == "module.":
         content: object = {"state_dict": {f"module.{key}": value for key, value in state.items()}}
     else:
-        content = {"state_dict": state} if wrap == "state_dict" else state
+        content = state if wrap == "plain" else {wrap: state}
     torch.save(content, tmp_path / "weights.pt")
 
     same = build("resnet8_small", 10)
@@ -69,3 +71,20 @@ def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         load_pretrained(build("resnet8_small", 10), "resnet8_small", "DEFAULT")
     with pytest.raises(SparsityError, match="weights of torchvision for resnet18: DEFAULT, IMAGENET1K_V1"):
         load_pretrained(build("resnet18", 10), "resnet18", "IMAGENET22K")
+    with pytest.raises(SparsityError, match=r'"typo\.pt" is not a file, and torchvision has no trained mine:build'):
+        load_pretrained(build("resnet8_small", 10), "mine:build", "typo.pt")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_torchvisions_weights_compute_what_they_do_in_torchvision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These two scale their inputs in a way that is in no state dict."""
+    torch.manual_seed(0)
+    state = get_model(name, aux_logits=True, init_weights=False).state_dict()
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: dict(state))  # in the place of a download
+    with warnings.catch_warnings(action="ignore"):
+        theirs = get_model(name, weights="DEFAULT").eval()
+    ours = build(name, 1000).eval()
+    assert load_pretrained(ours, name, "DEFAULT") == []
+    images = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(ours(images), theirs(images))

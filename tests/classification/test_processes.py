@@ -139,6 +139,30 @@ def test_sigterm_saves_and_says_how_to_go_on(tmp_path: Path, environment: dict[s
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+def test_sigterm_to_all_processes_of_a_run_saves_too(tmp_path: Path, environment: dict[str, str]) -> None:
+    """As timeout sends it: to the run, and again to its group, with the process that loads its images."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", TRAIN, *DIGITS, "--epochs=90", "--data.workers=1", f"--out={tmp_path / 'run'}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step 13/"):
+        assert process.poll() is None
+    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out
+    step = load(tmp_path / "run" / "latest.pt")["training"]["position"]["step"]
+    assert out.splitlines()[-1].startswith(f"stopped by SIGTERM after step {step} of 900 ")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # none is left
+
+
 FULL = """
 import resource, sys
 from nm_sparsity.classification import train

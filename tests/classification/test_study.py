@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from PIL import Image
 
 from nm_sparsity.classification import configs, demo, study, train
 from nm_sparsity.classification.study import ImageStudy
-from nm_sparsity.core import SparsityConfig
+from nm_sparsity.core import SparsityConfig, SparsityError
 from nm_sparsity.core.files.io import load
 
 SMALL = ImageStudy(out=Path("runs/demo"), seeds=(0,), patterns=("2:4",), length=1, decays=(2.0,))
@@ -69,6 +70,19 @@ def test_methods_differ_in_nothing_but_the_method() -> None:
     asp = config(fashion.run("asp", 1, "1:8"))
     assert asp.init_from == dense.folder
     assert replace(asp, folder=dense.folder, sparsity=dense.sparsity, init_from=None) == dense
+
+
+def test_lambda_is_not_chosen_by_the_images_that_are_reported(folders: Path, tmp_path: Path) -> None:
+    config = configs.get("resnet18_dense")
+    config = replace(config, data=replace(config.data, root=folders, image_size=32))
+    (tmp_path / "mine.json").write_text(json.dumps(config.to_dict()))
+    chooses = ImageStudy(recipe=str(tmp_path / "mine.json"), methods=("dense", "sr-ste"))
+    with pytest.raises(SparsityError, match=r"images has no test part.* give a single one with --decays"):
+        chooses.prepare()
+    replace(chooses, decays=(0.1,)).prepare()
+    replace(chooses, methods=("dense", "ste", "sr-ste+decay=0.1")).prepare()
+    shutil.copytree(folders / "val", folders / "test")
+    chooses.prepare()
 
 
 def test_mistakes_and_missing_data_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

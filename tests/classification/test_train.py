@@ -19,6 +19,7 @@ from nm_sparsity.classification import train as train_module
 from nm_sparsity.classification.configs import ClassifierConfig
 from nm_sparsity.classification.train import Trainer, learning_rates, train
 from nm_sparsity.core import CheckpointError, NMPattern, SparsityError, verify
+from nm_sparsity.core.experiments import command_line
 from nm_sparsity.core.experiments.run import read_metrics
 from nm_sparsity.core.files.io import load, save
 from nm_sparsity.core.files.metadata import METADATA, find_parts
@@ -40,6 +41,18 @@ def interrupt_after(patch: pytest.MonkeyPatch, steps: int) -> None:
         return step(self, parts, lr)
 
     patch.setattr(Trainer, "_step", interrupted)
+
+
+def stop_in(patch: pytest.MonkeyPatch, *numbers: int) -> None:
+    """Let the user press Ctrl-C in each step of these numbers, the first one being 1."""
+    step = Trainer._step
+
+    def pressed(self: Trainer, parts: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:
+        if self.position.step + 1 in numbers:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, parts, lr)
+
+    patch.setattr(Trainer, "_step", pressed)
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -147,6 +160,50 @@ def test_ten_steps_equal_five_and_five_after_an_interruption(
     assert losses(parts) == losses(whole)
     for key in ("test/loss", "val/loss", "flip_rate"):
         assert found[key] == expected[key]
+
+
+def test_a_run_stopped_within_epochs_and_after_their_last_steps_is_the_same_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny(epochs=2, ema=0.8, folder=tmp_path / "whole")
+    parts = replace(whole, folder=tmp_path / "parts")
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_in(patch, 10, 13, 20)
+        for resume in (False, True, True):
+            with pytest.raises(KeyboardInterrupt):
+                train(replace(parts, resume=resume))
+    train(replace(parts, resume=True))
+
+    def kept(config: ClassifierConfig) -> list[Any]:
+        files = [load(config.folder / name) for name in ("latest.pt", "best.pt")]
+        lines = [line for line in read_metrics(config.folder) if "loss" in line or "train/loss" in line]
+        for payload in files:
+            del payload["config"], payload["training"]["position"]["seconds"]
+        return [*files, *({name: line[name] for name in line if name != "images_per_s"} for line in lines)]
+
+    assert equal(kept(parts), kept(whole))
+    assert len(kept(parts)) == 2 + 20 + 2
+
+
+@pytest.mark.parametrize(("start", "kind"), [("init_from", Path), ("pretrained", str)])
+def test_a_run_resumes_without_what_it_started_from(
+    start: str, kind: type, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tiny("digits_dense", folder=tmp_path / "dense")
+    train(dense)
+    source = dense.folder / "finalized.pt"
+    whole = tiny("digits_2to4_asp", folder=tmp_path / "whole", **{start: kind(source)})
+    parts = replace(whole, folder=tmp_path / "parts")
+    expected = train(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, 4)
+        train(parts)
+    source.unlink()
+    found = train(replace(parts, resume=True))
+    assert (found["test/loss"], found["flip_rate"]) == (expected["test/loss"], 0)
+    with pytest.raises(SparsityError, match=r"finalized\.pt"):
+        train(replace(parts, folder=tmp_path / "new"))
 
 
 def test_dropout_resumes_too(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,6 +515,7 @@ def test_ctrl_c_is_one_line(
         return step(self, parts, lr)
 
     monkeypatch.setattr(Trainer, "_step", pressed)
+    monkeypatch.setattr(command_line, "ECHO", 0.0)  # the second one comes later
     monkeypatch.setattr(train_module.RECIPES, "from_command_line", lambda *_: (tiny(epochs=2), []))
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -32,7 +32,8 @@ def test_sentences_are_translated_as_the_test_set_is(
         (tmp_path, ["--file", str(corpus / "test.en")]),
         (trained, []),
     ):
-        monkeypatch.setattr("sys.stdin", io.StringIO("\n\n".join(f"  {sentence} " for sentence in sentences)))
+        typed = "\n\n".join(f"  {sentence} " for sentence in sentences)
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed.encode())))
         assert module.main([str(run), *given, "--data", str(corpus), "--beam", "2"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[:: 1 if given else 2] == expected
@@ -80,3 +81,19 @@ def test_what_cannot_be_translated_is_named(
     for arguments in (["x", "--file", "y"], ["x", "--beam", "0"], ["x", "--length", "0"]):
         with pytest.raises(SystemExit):
             module.main([str(trained), *arguments])
+
+
+def test_the_standard_input_is_utf_8_text_of_lines(
+    corpus: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Python takes for the end of a line beside the newline is none."""
+    for raw, status, shown in (
+        ("one\x0ctwo\x85three\u2028four\r\nfive\n".encode(), 0, ""),
+        (b"one\nf\xfcnf\n", 1, "error: the standard input, line 2: not UTF-8 (byte 0xfc at column 2)"),
+        (b"", 1, "error: the standard input holds no text"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw)))
+        assert module.main([str(trained), "--data", str(corpus), "--beam", "1"]) == status
+        found = capsys.readouterr()
+        assert found.out.count("\n") == (2 if status == 0 else 0)
+        assert shown in found.err

@@ -30,6 +30,9 @@ SMALL = [
     *("--log-interval", "1", "--lr-scheduler", "fixed", "--warmup-updates", "0"),
 ]
 
+LOADED = [*SMALL, "--num-workers", "1"]
+"""With a process that loads the batches."""
+
 
 def updates(checkpoint: Path) -> int:
     """The updates that made a checkpoint."""
@@ -39,14 +42,15 @@ def updates(checkpoint: Path) -> int:
 
 @pytest.fixture(scope="module")
 def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.TransformerConfig:
-    """A run of our command that SIGTERM ended after some updates."""
+    """A run of our command that SIGTERM to all of its processes, as timeout sends it, ended after some updates."""
     config = replace(recipes.get("tiny_number_words"), data=corpus, folder=tmp_path_factory.mktemp("stopped") / "run")
     where = ["--data", str(config.data), "--out", str(config.folder)]
     with subprocess.Popen(
-        [sys.executable, "-m", "nm_sparsity.translation.train", "tiny_number_words", *where, *SMALL],
+        [sys.executable, "-m", "nm_sparsity.translation.train", "tiny_number_words", *where, *LOADED],
         env=environment(),
         stdout=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -54,6 +58,7 @@ def stopped(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> recipes.T
             if "num_updates=3" in line:
                 break
         process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         rest = process.stdout.read()
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM at update" in rest
@@ -77,7 +82,7 @@ def test_resuming_after_sigterm_is_exact(stopped: recipes.TransformerConfig, tmp
 def test_a_run_records_its_config_as_data(stopped: recipes.TransformerConfig) -> None:
     written = json.loads((stopped.folder / recipes.CONFIG).read_text())
     assert written["config"]["sparsity"]["pattern"] == "2:4"
-    assert written["options"] == SMALL
+    assert written["options"] == LOADED
     assert written["corpus"]["languages"] == ["en", "de"]
     assert recipes.recorded(stopped.folder) == stopped.to_dict()
 
@@ -99,6 +104,33 @@ def test_a_folder_with_another_run(stopped: recipes.TransformerConfig, change: d
     with pytest.raises(SparsityError, match=rf"holds another run \({named}.*choose another folder with --out"):
         train.train(replace(stopped, **change))
     assert (stopped.folder / recipes.CONFIG).read_text() == before
+
+
+@pytest.mark.parametrize("option", ["--max-updat=9", "--fp16"])
+def test_a_run_does_not_go_on_with_what_was_refused(
+    stopped: recipes.TransformerConfig, tmp_path: Path, option: str
+) -> None:
+    """By fairseq, which does not know it, or by our task."""
+    begun = replace(stopped, folder=shutil.copytree(stopped.folder, tmp_path / "begun"))
+    before = (begun.folder / recipes.CONFIG).read_text()
+    for config in (begun, replace(stopped, folder=tmp_path / "new")):
+        with pytest.raises((SystemExit, SparsityError)):
+            train.train(config, [*SMALL, option])
+    assert (begun.folder / recipes.CONFIG).read_text() == before
+    assert not (tmp_path / "new" / recipes.CONFIG).exists()
+
+
+def test_a_run_that_has_begun_does_not_need_what_it_started_from(tmp_path: Path) -> None:
+    config = replace(recipes.get("tiny_number_words"), folder=tmp_path / "run", init_from=tmp_path / "dense")
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / recipes.BEST).touch()
+    assert str(tmp_path / "dense" / recipes.BEST) in config.arguments()
+    (tmp_path / "dense").rename(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        config.arguments()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / recipes.LAST).touch()
+    assert "--finetune-from-model" not in config.arguments()
 
 
 def test_fairseqs_own_command_resumes_no_other_method(corpus: Path, trained: Path, tmp_path: Path) -> None:

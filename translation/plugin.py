@@ -16,18 +16,15 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch.utils.data import get_worker_info
 
 from nm_sparsity.core import CheckpointError, MaskTracker, SparsityError, frozen
-from nm_sparsity.core.experiments.command_line import STOPS, Stop, leave_stops
+from nm_sparsity.core.experiments.command_line import STOPS, Stop
 from nm_sparsity.core.model.strength import decay_strength
 from nm_sparsity.translation import trainer
 from nm_sparsity.translation.options import add_options, sparsity_config
@@ -128,12 +125,6 @@ class SparseTask:
             self._nm_came = Stop()
             self._nm_came.catch()
 
-    def load_dataset(self, split: str, *args: Any, **kwargs: Any) -> None:
-        """fairseq's; what loads its batches leaves SIGTERM and Ctrl-C to the process that trains."""
-        super().load_dataset(split, *args, **kwargs)  # type: ignore[misc]
-        dataset = self.datasets[split]  # type: ignore[attr-defined]
-        dataset.collater = partial(_collate, dataset.collater)
-
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's, with word of a signal among the figures that it sums over the ranks anyway."""
         loss, sample_size, logging_output = super().train_step(*args, **kwargs)  # type: ignore[misc]
@@ -191,13 +182,6 @@ class SparseTask:
         super().load_state_dict(  # type: ignore[misc]
             {key: value for key, value in state_dict.items() if key != DICTIONARIES}
         )
-
-
-def _collate(collate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `collate` gives: the first thing that a loading process does of which fairseq lets us know."""
-    if get_worker_info() is not None:
-        leave_stops()
-    return collate(*args, **kwargs)
 
 
 @register_task("nm_translation", dataclass=add_options(TranslationConfig))

@@ -145,8 +145,12 @@ def leave_stops(*_: object) -> None:
     """In a process that loads data for the one that trains, take the signals of `STOPS` from that one only.
 
     They go to all processes of a terminal or a batch job, and the one that trains decides what they mean; as it exits,
-    it ends the others by SIGTERM. A second call changes nothing.
+    it ends the others by SIGTERM. A second call changes nothing. Where no process can be told who sent a signal, as on
+    macOS, they leave Ctrl-C alone only.
     """
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
     parent = multiprocessing.parent_process()
     if parent is not None and not STOPS.keys() <= signal.pthread_sigmask(signal.SIG_BLOCK, STOPS):
         threading.Thread(target=_end_by, args=[parent.pid], daemon=True).start()

@@ -5,7 +5,7 @@ import math
 import re
 import shlex
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,14 @@ def interrupt_after(patch: pytest.MonkeyPatch, steps: int) -> None:
         return step(self, parts, lr)
 
     patch.setattr(Trainer, "_step", interrupted)
+
+
+@pytest.fixture(autouse=True)
+def _at_a_terminal() -> Iterator[None]:
+    """Ctrl-C is heard, also where tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def stop_in(patch: pytest.MonkeyPatch, *numbers: int) -> None:
@@ -517,12 +525,8 @@ def test_ctrl_c_is_one_line(
     monkeypatch.setattr(Trainer, "_step", pressed)
     monkeypatch.setattr(command_line, "ECHO", 0.0)  # the second one comes later
     monkeypatch.setattr(train_module.RECIPES, "from_command_line", lambda *_: (tiny(epochs=2), []))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        assert train_module.main([]) == 128 + signal.SIGINT
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert train_module.main([]) == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert load(tiny().folder / "latest.pt")["training"]["position"]["step"] == saved
     shown = capfd.readouterr()
     assert shown.out.count("interrupted") == 1
